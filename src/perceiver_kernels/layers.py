@@ -1,0 +1,286 @@
+"""Attention layers of a Perceiver AR: the cross-attention from all inputs onto the latents, and the latent stack.
+
+Every layer is pre-norm and returns the update only; the caller adds it to the residual.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels.attention import perceiver_attention
+from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class KVCache:
+    """Keys (already rotated) and values of the inputs seen so far, in buffers of a fixed capacity.
+
+    ``append`` returns views of everything stored, (B, Hkv, length, D) and (B, Hkv, length, Dv). For inference: the
+    buffers are overwritten in place, so no gradient flows through them.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, Hkv, n, D) and (B, Hkv, n, Dv) after what is there; the first call fixes shapes, dtype and device."""
+        begin, self.length = self.length, self.length + key.shape[2]
+        if self.length > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, which is less than {self.length}")
+        if self._buffers is None:
+            self._buffers = tuple(x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
+        assert self._buffers is not None
+        for buffer, new in zip(self._buffers, (key, value), strict=True):
+            buffer[:, :, begin : self.length] = new
+        return self._buffers[0][:, :, : self.length], self._buffers[1][:, :, : self.length]
+
+    def clear(self) -> None:
+        """Forget the contents, keep the buffers."""
+        self.length = 0
+
+
+def kept_indices(batch: int, length: int, p: float, device: torch.device) -> Tensor:
+    """Which of ``length`` prefix positions survive prefix dropout: int64 (batch, length - int(length * p)), ascending.
+
+    Each example keeps its own uniformly random subset of exactly that size (Perceiver AR, appendix on cross-attend
+    dropout). The draw is that of perceiver-ar-pytorch, so the same torch seed keeps the same positions.
+    """
+    keep = length - int(length * p)
+    return torch.rand(batch, length, device=device).topk(keep, dim=-1).indices.sort(dim=-1).values
+
+
+def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` (B, K) of each example of ``x`` (B, N, ...): (B, K, ...)."""
+    batch, length = x.shape[:2]
+    # Whole rows from a flat view: a quarter of the time of x[examples, indices], whose backward is serial on a CPU.
+    flat = indices + torch.arange(batch, device=indices.device).unsqueeze(-1) * length
+    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, indices.shape)
+
+
+class CrossAttention(nn.Module):
+    """Causal cross-attention from prefix and latents onto the latents (Perceiver AR, Hawthorne et al. 2022, section 2).
+
+    ``layer(latents, prefix)`` is attention over ``concat(prefix, latents)``, right-aligned. Keys and values of prefix and
+    latents go through one norm, as in the paper, so a position keeps its key and value when it turns from latent to
+    prefix and a cache of them stays exact.
+
+    Args:
+        dim: channels of latents and prefix.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides ``num_heads`` (grouped-query attention). None: ``num_heads``.
+        head_dim: channels of a query or key head. None: ``dim // num_heads``.
+        value_dim: channels of a value head. None: ``head_dim``.
+        bias: whether the four projections have one.
+        rotary_fraction: share of ``head_dim`` that is rotated (rounded down to even); 0 turns RoPE off.
+        rotary_layout: ``"half"`` or ``"interleaved"``, see :mod:`perceiver_kernels.rotary`.
+        rotary_base: base of the rotary wavelengths.
+        scale, softcap, backend: as in :func:`perceiver_kernels.perceiver_attention`.
+        dropout: dropout probability of the attention weights, in training.
+        prefix_dropout: share of the prefix left out in training. Each example keeps exactly
+            ``P - int(P * prefix_dropout)`` random prefix positions, gathered before norm and projection: the layer's cost
+            falls with what is dropped.
+
+    Raises:
+        ValueError: for sizes below 1, heads that do not divide, shares outside their range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        bias: bool = False,
+        rotary_fraction: float = 0.5,
+        rotary_layout: RotaryLayout = "half",
+        rotary_base: float = 10_000.0,
+        scale: float | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        prefix_dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("dim", dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}: give head_dim")
+        if not 0.0 <= rotary_fraction <= 1.0:
+            raise ValueError(f"rotary_fraction must be in [0, 1], got {rotary_fraction}")
+        if rotary_layout not in LAYOUTS:
+            raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {rotary_layout!r}")
+        for name, p in (("dropout", dropout), ("prefix_dropout", prefix_dropout)):
+            if not 0.0 <= p < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {p}")
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.value_dim = self.head_dim if value_dim is None else value_dim
+        self.rotary_dim = 2 * int(self.head_dim * rotary_fraction / 2)
+        self.rotary_layout, self.rotary_base = rotary_layout, rotary_base
+        self.scale, self.softcap, self.backend = scale, softcap, backend
+        self.dropout, self.prefix_dropout = dropout, prefix_dropout
+
+        self.norm = nn.LayerNorm(dim)
+        self.kv_norm: nn.Module | None = nn.LayerNorm(dim)
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.value_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, rotary_dim={self.rotary_dim}"
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """cos and sin (..., rotary_dim / 2) of this layer's rotary embedding, for data of ``dtype``."""
+        angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return rotary_cos_sin(positions, self.rotary_dim, base=self.rotary_base, dtype=angle_dtype)
+
+    def attend(
+        self,
+        latents: Tensor,
+        inputs: Tensor,
+        *,
+        rotary: Rotary,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Causal attention of the latents over the inputs, everything right-aligned.
+
+        The last latent stands at the last key, so latent i sees keys up to ``N - M + i``.
+
+        Args:
+            latents: (B, M, dim), the queries.
+            inputs: (B, n, dim), the keys and values. With ``cache`` they are appended to it, and the N keys are all that
+                the cache then holds; without, N = n.
+            rotary: cos and sin, (L, R) or (B, L, R) with L at least M and n: the last rows belong to the last position.
+            key_mask: bool (B, N), True = may be attended.
+            cache: where to keep keys and values between calls.
+
+        Returns:
+            (B, M, dim).
+        """
+        if self.training and self.prefix_dropout > 0.0 and cache is None:
+            inputs, rotary, key_mask = self._drop_prefix(latents.shape[1], inputs, rotary, key_mask)
+        queries = self.norm(latents)
+        context = queries if self.kv_norm is None else self.kv_norm(inputs)
+
+        q = self._heads(self.q_proj(queries), self.num_heads, rotary)
+        k = self._heads(self.k_proj(context), self.num_kv_heads, rotary)
+        v = self._heads(self.v_proj(context), self.num_kv_heads, None)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = perceiver_attention(
+            q,
+            k,
+            v,
+            key_mask=key_mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, heads: int, rotary: Rotary | None) -> Tensor:
+        """(B, L, heads * D) to (B, heads, L, D), a transposed view: the op takes its strides as they are."""
+        x = x.unflatten(-1, (heads, -1))
+        if rotary is not None:
+            begin = rotary[0].shape[-2] - x.shape[1]
+            x = apply_rotary(x, *(t[..., begin:, :] for t in rotary), layout=self.rotary_layout)
+        return x.transpose(1, 2)
+
+    def _drop_prefix(
+        self, num_latents: int, inputs: Tensor, rotary: Rotary, key_mask: Tensor | None
+    ) -> tuple[Tensor, Rotary, Tensor | None]:
+        """Keep a random part of the prefix, before any work is done on it, and all latents."""
+        batch, total = inputs.shape[:2]
+        prefix = total - num_latents
+        latents = torch.arange(prefix, total, device=inputs.device).expand(batch, -1)
+        kept = torch.cat((kept_indices(batch, prefix, self.prefix_dropout, inputs.device), latents), dim=1)
+        cos, sin = (gather_rows(t.expand(batch, *t.shape[-2:]), kept) for t in rotary)
+        return gather_rows(inputs, kept), (cos, sin), None if key_mask is None else gather_rows(key_mask, kept)
+
+    def forward(
+        self,
+        latents: Tensor,
+        prefix: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Attend from the latents to prefix and latents.
+
+        Args:
+            latents: (B, M, dim).
+            prefix: (B, N - M, dim), what stands before the latents; None for nothing.
+            key_mask: bool (B, N) over prefix and latents, True = may be attended.
+            positions: (N,) or (B, N), for the rotary embedding. None: 0 ... N - 1.
+            rotary: cos and sin, each (N, R) or (B, N, R) with one value for each pair of channels, from any formula;
+                instead of ``positions``.
+
+        Returns:
+            (B, M, dim), to be added to the latents.
+        """
+        if latents.dim() != 3 or latents.shape[-1] != self.dim:
+            raise ValueError(f"latents must be (B, M, {self.dim}), got {tuple(latents.shape)}")
+        inputs = latents
+        if prefix is not None:
+            if prefix.dim() != 3 or prefix.shape[0] != latents.shape[0] or prefix.shape[-1] != self.dim:
+                raise ValueError(f"prefix must be ({latents.shape[0]}, N - M, {self.dim}), got {tuple(prefix.shape)}")
+            inputs = torch.cat((prefix, latents), dim=1)
+        batch, total = inputs.shape[:2]
+        if key_mask is not None and key_mask.shape != (batch, total):
+            raise ValueError(f"key_mask must be ({batch}, {total}), prefix and latents, got {tuple(key_mask.shape)}")
+        if rotary is None:
+            positions = torch.arange(total, device=inputs.device) if positions is None else positions
+            rotary = self.rotary(positions, inputs.dtype)
+        elif positions is not None:
+            raise ValueError("give either positions or rotary, not both")
+        for name, given in (("cos", rotary[0]), ("sin", rotary[1])):
+            if given.dim() not in (2, 3) or given.shape[:-1] not in ((total,), (batch, total)):
+                raise ValueError(
+                    f"rotary positions must be ({total},) or ({batch}, {total}), prefix and latents; "
+                    f"{name} is {tuple(given.shape)}"
+                )
+        return self.attend(latents, inputs, rotary=rotary, key_mask=key_mask)
+
+
+class SelfAttention(CrossAttention):
+    """Causal self-attention over the latents: :class:`CrossAttention` without a prefix; one norm serves q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> None:
+        super().__init__(dim, num_heads, num_kv_heads, **options)
+        self.kv_norm = None
+
+    def forward(self, latents: Tensor, prefix: None = None, **options: Any) -> Tensor:
+        """As :meth:`CrossAttention.forward`, (B, M, dim) to (B, M, dim)."""
+        if prefix is not None:
+            raise ValueError("SelfAttention takes no prefix: use CrossAttention")
+        return super().forward(latents, **options)
+
+
+class FeedForward(nn.Sequential):
+    """Pre-norm two-layer perceptron: LayerNorm, Linear to ``mult * dim``, GELU, Dropout, Linear. (..., dim) to (..., dim)."""
+
+    def __init__(self, dim: int, *, mult: float = 4.0, dropout: float = 0.0, bias: bool = False) -> None:
+        hidden = int(dim * mult)
+        super().__init__(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, hidden, bias=bias),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, dim, bias=bias),
+        )

@@ -1,0 +1,305 @@
+"""Perceiver AR (Hawthorne et al. 2022, arXiv 2202.07765): long context, short latents.
+
+The last M positions of the input are the latents. One causal cross-attention reads all N inputs into them, then ``depth``
+causal self-attention layers work on the M latents alone: context costs N M, depth costs M^2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_kernels.generation import generate
+from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, Rotary, SelfAttention
+from perceiver_kernels.rotary import (
+    LAYOUTS,
+    RotaryLayout,
+    positions_from_padding,
+    right_aligned_positions,
+    rotary_cos_sin,
+)
+
+PositionKind = Literal["sinusoidal", "learned", "none"]
+METADATA_KEY = "perceiver_kernels.PerceiverARConfig"
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverARConfig:
+    """What a :class:`PerceiverAR` is made of.
+
+    Args:
+        vocab_size: number of tokens.
+        dim: channels of the residual stream.
+        depth: self-attention layers over the latents, after the one cross-attention.
+        num_heads: query heads of every attention.
+        max_seq_len: longest input N.
+        num_latents: latents M unless a call says otherwise; at most ``max_seq_len``.
+        num_kv_heads: key and value heads, a divisor of ``num_heads``. None: ``num_heads``.
+        head_dim: channels of a head. None: ``dim // num_heads``.
+        ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
+        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that starts at the
+            sinusoids) or ``"none"``.
+        position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: ``max_seq_len``.
+        rotary_fraction, rotary_layout, rotary_base: rotary embedding, see :class:`perceiver_kernels.CrossAttention`.
+        prefix_dropout: share of the prefix that the cross-attention leaves out in training.
+        dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
+        attention_dropout: dropout of the attention weights.
+        tie_embeddings: whether the output projection is the token embedding.
+
+    Raises:
+        ValueError: for a value outside its range; TypeError: for a size that is not an int.
+    """
+
+    vocab_size: int
+    dim: int
+    depth: int
+    num_heads: int
+    max_seq_len: int
+    num_latents: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ff_mult: float = 4.0
+    positions: PositionKind = "sinusoidal"
+    position_base: float | None = None
+    rotary_fraction: float = 0.5
+    rotary_layout: RotaryLayout = "half"
+    rotary_base: float = 10_000.0
+    prefix_dropout: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"depth": 0}
+        for name in ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents", "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is None and name in ("num_kv_heads", "head_dim"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least.get(name, 1):
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+        if self.num_latents > self.max_seq_len:
+            raise ValueError(f"num_latents is {self.num_latents}, more than max_seq_len {self.max_seq_len}")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads {self.num_heads}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
+        if self.positions not in get_args(PositionKind):
+            raise ValueError(f"positions must be one of {', '.join(get_args(PositionKind))}, got {self.positions!r}")
+        if self.positions != "none" and self.dim % 2:
+            raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
+        if self.rotary_layout not in LAYOUTS:
+            raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {self.rotary_layout!r}")
+        if not 0.0 <= self.rotary_fraction <= 1.0:
+            raise ValueError(f"rotary_fraction must be in [0, 1], got {self.rotary_fraction}")
+        for name in ("prefix_dropout", "dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("ff_mult", "rotary_base", "position_base"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+class Block(nn.Module):
+    """One attention and one feed-forward update of the latents."""
+
+    def __init__(self, attention: CrossAttention, feed_forward: FeedForward, dropout: float) -> None:
+        super().__init__()
+        self.attention, self.feed_forward, self.dropout = attention, feed_forward, nn.Dropout(dropout)
+
+    def forward(self, latents: Tensor, inputs: Tensor, **options: Any) -> Tensor:
+        """(B, M, dim), (B, n, dim) to (B, M, dim); options as in :meth:`CrossAttention.attend`."""
+        latents = latents + self.dropout(self.attention.attend(latents, inputs, **options))
+        return latents + self.dropout(self.feed_forward(latents))
+
+
+class PerceiverAR(nn.Module):
+    """A Perceiver AR over tokens. See :class:`PerceiverARConfig` and :meth:`forward`."""
+
+    def __init__(self, config: PerceiverARConfig) -> None:
+        super().__init__()
+        self.config = config
+        options: dict[str, Any] = {
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "rotary_fraction": config.rotary_fraction,
+            "rotary_layout": config.rotary_layout,
+            "rotary_base": config.rotary_base,
+            "dropout": config.attention_dropout,
+        }
+
+        def block(attention: CrossAttention) -> Block:
+            return Block(attention, FeedForward(config.dim, mult=config.ff_mult, dropout=config.dropout), config.dropout)
+
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.dim) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.cross = block(
+            CrossAttention(config.dim, config.num_heads, prefix_dropout=config.prefix_dropout, **options)
+        )
+        self.blocks = nn.ModuleList(
+            block(SelfAttention(config.dim, config.num_heads, **options)) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights.
+
+        Unit-variance embeddings (next to the sinusoids' 1/2), projections of unit gain, updates scaled down by the number of
+        them so that the residual stream keeps its size, and small logits.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for block in (self.cross, *self.blocks):
+            for output in (block.attention.out_proj, block.feed_forward[-1]):
+                output.weight.div_(math.sqrt(2 * (1 + self.config.depth)))
+        nn.init.normal_(self.token_embedding.weight, std=self.config.dim**-0.5 if self.head is None else 1.0)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.1 * self.config.dim**-0.5)
+        if self.position_embedding is not None:
+            self.position_embedding.weight.copy_(self._sinusoids(torch.arange(self.config.max_seq_len)))
+
+    def forward(self, tokens: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None) -> Tensor:
+        """Logits of the token that follows each of the last positions.
+
+        The cross-attention gives each latent position its vector whatever the other latents are; only the self-attention
+        layers see how many there are. So with ``depth=0`` the logits of a position do not depend on ``num_latents``, and
+        otherwise they do: more latents is more compute and more context for the deep layers, without retraining.
+
+        Args:
+            tokens: (B, N) int64 or int32, N from 1 to ``max_seq_len``.
+            num_latents: M, from 1 to N. None: the configured number, or N where the input is shorter.
+            pad_mask: bool (B, N), True = padding. Padding is never attended to, and positions count real tokens only, so
+                a left-padded example gives the logits of the unpadded one (up to its own number of tokens). The latents are
+                always the last M *columns*: with padding on the right, an example's last columns are padding, whose
+                logits mean nothing (leave them out of the loss), and its real logits are those of its real columns
+                among the last M. Pad on the left where every example's last tokens matter.
+
+        Returns:
+            (B, M, vocab_size).
+        """
+        total = self._check(tokens, pad_mask)
+        if num_latents is None:
+            num_latents = min(self.config.num_latents, total)
+        if not 1 <= num_latents <= total:
+            raise ValueError(f"num_latents must be from 1 to the {total} positions of the input, got {num_latents}")
+        positions = right_aligned_positions(total, total, device=tokens.device)
+        key_mask = None
+        if pad_mask is not None:
+            positions, key_mask = positions_from_padding(pad_mask), ~pad_mask
+        inputs = self.embed(tokens, positions)
+        latents = inputs[:, total - num_latents :]
+        return self.logits(self.read(latents, inputs, positions, key_mask))
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim)."""
+        x = self.token_embedding(tokens)
+        if self.head is None:
+            x = x * math.sqrt(self.config.dim)  # a tied table has rows of unit length; inputs want unit variance
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        elif self.config.positions == "sinusoidal":
+            x = x + self._sinusoids(positions, x.dtype).to(x.dtype)
+        return self.dropout(x)
+
+    def read(
+        self,
+        latents: Tensor,
+        inputs: Tensor,
+        positions: Tensor,
+        key_mask: Tensor | None = None,
+        caches: Sequence[KVCache | None] | None = None,
+    ) -> Tensor:
+        """The body of the model: inputs (B, n, dim) into latents (B, M, dim), through all layers, before the last norm.
+
+        ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the inputs. ``caches``
+        holds one :class:`KVCache` for the cross-attention and one for each layer: generation's way in.
+        """
+        cross_cache, *block_caches = [None] * (1 + len(self.blocks)) if caches is None else caches
+        rotary = self.cross.attention.rotary(positions, latents.dtype)
+        latents = self.cross(latents, inputs, rotary=rotary, key_mask=key_mask, cache=cross_cache)
+        rotary = _last(rotary, latents.shape[1])
+        for block, cache in zip(self.blocks, block_caches, strict=True):
+            stored = 0 if cache is None else cache.length
+            seen = None if key_mask is None else key_mask[:, key_mask.shape[1] - stored - latents.shape[1] :]
+            latents = block(latents, latents, rotary=rotary, key_mask=seen, cache=cache)
+        return latents
+
+    def logits(self, latents: Tensor) -> Tensor:
+        """Latents (B, M, dim) to logits (B, M, vocab_size)."""
+        weight = self.token_embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(latents), weight)
+
+    def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continue a prompt (B, n) to (B, n + max_new_tokens): :func:`perceiver_kernels.generation.generate`."""
+        return generate(self, prompt, max_new_tokens, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and configuration into one safetensors file."""
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        config = json.dumps(dataclasses.asdict(self.config))
+        safetensors.torch.save_file(state, path, metadata={"format": "pt", METADATA_KEY: config})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> PerceiverAR:
+        """Read a model that :meth:`save` wrote, in the dtype that it was saved in.
+
+        Raises:
+            ValueError: for a safetensors file without the configuration.
+        """
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if METADATA_KEY not in metadata:
+            raise ValueError(f"{os.fspath(path)} holds no {METADATA_KEY}: it was not written by PerceiverAR.save")
+        state = safetensors.torch.load_file(path, device=str(device))
+        with torch.device("meta"):
+            model = cls(PerceiverARConfig(**json.loads(metadata[METADATA_KEY])))
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def _check(self, tokens: Tensor, pad_mask: Tensor | None) -> int:
+        """Refuse what is not a batch of tokens; returns N."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        total = tokens.shape[1]
+        if not 1 <= total <= self.config.max_seq_len:
+            raise ValueError(f"tokens must have from 1 to max_seq_len {self.config.max_seq_len} positions, got {total}")
+        if pad_mask is not None:
+            if pad_mask.dtype != torch.bool:
+                raise TypeError(f"pad_mask must be bool, got {pad_mask.dtype}")
+            if pad_mask.shape != tokens.shape:
+                raise ValueError(f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}")
+        return total
+
+    def _sinusoids(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Absolute positions (...) to (..., dim): sines, then cosines (Vaswani et al. 2017), at least float32."""
+        base = self.config.max_seq_len if self.config.position_base is None else self.config.position_base
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        cos, sin = rotary_cos_sin(positions, self.config.dim, base=base, dtype=wide)
+        return torch.cat((sin, cos), dim=-1)
+
+
+def _last(rotary: Rotary, length: int) -> Rotary:
+    cos, sin = (t[..., t.shape[-2] - length :, :] for t in rotary)
+    return cos, sin

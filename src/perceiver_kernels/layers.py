@@ -110,13 +110,16 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (("dim", dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if head_dim is None and num_heads > 0 and dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}: give head_dim")
+        head_dim = dim // max(num_heads, 1) if head_dim is None else head_dim
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}")
-        if head_dim is None and dim % num_heads:
-            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}: give head_dim")
         if not 0.0 <= rotary_fraction <= 1.0:
             raise ValueError(f"rotary_fraction must be in [0, 1], got {rotary_fraction}")
         if rotary_layout not in LAYOUTS:
@@ -125,19 +128,18 @@ class CrossAttention(nn.Module):
             if not 0.0 <= p < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {p}")
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.value_dim = self.head_dim if value_dim is None else value_dim
-        self.rotary_dim = 2 * int(self.head_dim * rotary_fraction / 2)
+        self.head_dim, self.value_dim = head_dim, value_dim
+        self.rotary_dim = 2 * int(head_dim * rotary_fraction / 2)
         self.rotary_layout, self.rotary_base = rotary_layout, rotary_base
         self.scale, self.softcap, self.backend = scale, softcap, backend
         self.dropout, self.prefix_dropout = dropout, prefix_dropout
 
         self.norm = nn.LayerNorm(dim)
         self.kv_norm: nn.Module | None = nn.LayerNorm(dim)
-        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, num_kv_heads * self.value_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias)
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * value_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * value_dim, dim, bias=bias)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, rotary_dim={self.rotary_dim}"

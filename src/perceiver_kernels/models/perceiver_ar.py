@@ -162,7 +162,7 @@ class PerceiverAR(nn.Module):
         """Draw fresh weights.
 
         Unit-variance embeddings (next to the sinusoids' 1/2), projections of unit gain, updates scaled down by the number of
-        them so that the residual stream keeps its size, and small logits.
+        them so that the residual stream keeps its size, and nearly uniform predictions.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -172,9 +172,12 @@ class PerceiverAR(nn.Module):
         for block in (self.cross, *self.blocks):
             for output in (block.attention.out_proj, block.feed_forward[-1]):
                 output.weight.div_(math.sqrt(2 * (1 + self.config.depth)))
-        nn.init.normal_(self.token_embedding.weight, std=self.config.dim**-0.5 if self.head is None else 1.0)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.1 * self.config.dim**-0.5)
+        nn.init.normal_(self.token_embedding.weight)
+        # Small logits. A tied output would first of all predict the input token again: the latents still hold its embedding.
+        if self.head is None:
+            nn.init.constant_(self.norm.weight, 0.1)
+        else:
+            self.head.weight.mul_(0.1)
         if self.position_embedding is not None:
             self.position_embedding.weight.copy_(self._sinusoids(torch.arange(self.config.max_seq_len)))
 
@@ -213,8 +216,6 @@ class PerceiverAR(nn.Module):
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim)."""
         x = self.token_embedding(tokens)
-        if self.head is None:
-            x = x * math.sqrt(self.config.dim)  # a tied table has rows of unit length; inputs want unit variance
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         elif self.config.positions == "sinusoidal":
@@ -246,8 +247,11 @@ class PerceiverAR(nn.Module):
 
     def logits(self, latents: Tensor) -> Tensor:
         """Latents (B, M, dim) to logits (B, M, vocab_size)."""
-        weight = self.token_embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(latents), weight)
+        latents = self.norm(latents)
+        if self.head is not None:
+            return self.head(latents)
+        # The embedding has unit variance; a projection of unit gain has 1 / dim.
+        return F.linear(latents * self.config.dim**-0.5, self.token_embedding.weight)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Continue a prompt (B, n) to (B, n + max_new_tokens): :func:`perceiver_kernels.generation.generate`."""

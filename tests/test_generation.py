@@ -1,0 +1,243 @@
+"""Cached generation is recomputation; the window rule; sampling."""
+
+import pytest
+import torch
+
+from perceiver_kernels.generation import CachedDecoder, RecomputingDecoder, sample, window_start
+from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
+
+VOCAB = 19
+
+
+@pytest.fixture(scope="module", params=["sinusoidal", "learned"])
+def model(request):
+    torch.manual_seed(0)
+    config = PerceiverARConfig(
+        vocab_size=VOCAB,
+        dim=32,
+        depth=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_seq_len=60,
+        num_latents=8,
+        ff_mult=2,
+        positions=request.param,
+        prefix_dropout=0.5,
+        dropout=0.1,
+    )
+    return PerceiverAR(config).double().eval()
+
+
+def draw(*shape):
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("num_latents", "stride"), [(8, 4), (8, 1), (8, 8), (5, 3), (1, 1), (7, 2)])
+def test_window_rule(num_latents, stride):
+    starts = [window_start(n, num_latents, stride) for n in range(1, 60)]
+    windows = [n - start for n, start in zip(range(1, 60), starts, strict=True)]
+    assert windows[:num_latents] == list(range(1, num_latents + 1))
+    assert max(windows) == num_latents
+    assert min(windows[num_latents:]) == num_latents - stride + 1
+    assert all(start % stride == 0 for start in starts)
+    assert set(torch.tensor(starts).diff().tolist()) <= {0, stride}
+
+
+@pytest.mark.parametrize(("num_latents", "stride"), [(8, 4), (8, 1), (8, 8), (5, 3), (1, 1), (50, 20)])
+@pytest.mark.parametrize("first", [1, 6, 30])
+@pytest.mark.parametrize("ragged", [False, True])
+@torch.no_grad()
+def test_cached_logits_are_recomputed_logits_at_every_step(model, num_latents, stride, first, ragged):
+    tokens = draw(3, 50)
+    pad_mask = torch.zeros(3, 50, dtype=torch.bool)
+    if ragged:
+        pad_mask[1, : first // 2] = True
+        pad_mask[2, : first - 1] = True
+    cached = CachedDecoder(model, 50, num_latents, stride)
+    recomputed = RecomputingDecoder(model, num_latents, stride)
+    for n in range(first, 51):
+        mask = pad_mask[:, :n] if ragged else None
+        torch.testing.assert_close(
+            cached(tokens[:, :n], mask), recomputed(tokens[:, :n], mask), rtol=1e-10, atol=1e-10
+        )
+
+
+@torch.no_grad()
+def test_float32_logits_are_within_budget(model):
+    tokens = draw(2, 50)
+    single = PerceiverAR(model.config).eval()
+    single.load_state_dict(model.state_dict())
+    cached, recomputed = CachedDecoder(single, 50, 8, 4), RecomputingDecoder(single, 8, 4)
+    double = RecomputingDecoder(model, 8, 4)
+    errors = torch.zeros(2)
+    for n in range(10, 51):
+        want = double(tokens[:, :n])
+        for i, decode in enumerate((cached, recomputed)):
+            errors[i] += (decode(tokens[:, :n]) - want).norm() / want.norm()
+    assert errors[0] <= 1.5 * errors[1] + 1e-6
+
+
+@torch.no_grad()
+def test_chunks_of_any_size_may_be_added(model):
+    tokens = draw(2, 50)
+    cached, recomputed = CachedDecoder(model, 50, 8, 4), RecomputingDecoder(model, 8, 4)
+    for n in (3, 9, 10, 26, 50):
+        torch.testing.assert_close(cached(tokens[:, :n]), recomputed(tokens[:, :n]), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_cache_does_the_work_once(model):
+    """One row a step through the key projection, and one latent except where the window moves."""
+    rows, latents = [], []
+    hooks = [
+        model.cross.attention.k_proj.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[1])),
+        model.cross.attention.q_proj.register_forward_pre_hook(lambda m, args: latents.append(args[0].shape[1])),
+    ]
+    model.generate(draw(1, 20), 9, num_latents=8, stride=4)
+    for hook in hooks:
+        hook.remove()
+    assert rows == [20] + [1] * 8
+    assert latents == [8, 5, 1, 1, 1, 5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_generate_with_and_without_the_cache(model, length, ragged):
+    prompt = draw(3, length)
+    pad_mask = (torch.arange(length) < torch.tensor([[0], [length // 2], [length - 1]])) if ragged else None
+    options = {"pad_mask": pad_mask, "top_k": 5}
+    a, b = (
+        model.generate(prompt, 30, use_cache=cache, generator=torch.Generator().manual_seed(7), **options)
+        for cache in (True, False)
+    )
+    assert a.shape == (3, length + 30)
+    assert a.dtype == prompt.dtype
+    assert torch.equal(a, b)
+    assert torch.equal(a[:, :length], prompt)
+
+
+def test_in_one_go_or_in_two(model):
+    prompt = draw(2, 4)
+    whole = model.generate(prompt, 30, temperature=0.0)
+    half = model.generate(prompt, 13, temperature=0.0)
+    assert torch.equal(model.generate(half, 17, temperature=0.0), whole)
+
+
+def test_left_padding_generates_what_no_padding_does_while_the_window_grows(model):
+    prompt = draw(1, 6)
+    padded = torch.cat((draw(1, 3), prompt), 1)
+    pad_mask = torch.arange(9)[None] < 3
+    a = model.generate(prompt, 20, num_latents=40, temperature=0.0)
+    b = model.generate(padded, 20, num_latents=40, temperature=0.0, pad_mask=pad_mask)
+    assert torch.equal(a, b[:, 3:])
+
+
+def test_leaves_the_mode_alone_and_generates_in_eval_mode(model):
+    prompt = draw(2, 30)
+    try:
+        model.train()
+        a = model.generate(prompt, 5, temperature=0.0)
+        assert model.training
+    finally:
+        model.eval()
+    assert torch.equal(a, model.generate(prompt, 5, temperature=0.0))
+    assert not model.training
+    assert not a.requires_grad
+
+
+def test_eos_fills_the_rest(model):
+    prompt = draw(3, 5)
+    free = model.generate(prompt, 20, temperature=0.0)
+    eos = int(free[0, 8])
+    got = model.generate(prompt, 20, temperature=0.0, eos=eos)
+    assert got.shape == free.shape
+    for row, unstopped in zip(got[:, 5:], free[:, 5:], strict=True):
+        hits = (unstopped == eos).nonzero()
+        end = int(hits[0]) if len(hits) else 20
+        assert torch.equal(row[:end], unstopped[:end])
+        assert (row[end:] == eos).all()
+
+
+def test_eos_stops_early(model):
+    prompt = draw(1, 5)
+    eos = int(model.generate(prompt, 1, temperature=0.0)[0, -1])
+    calls = []
+    hook = model.norm.register_forward_hook(lambda *args: calls.append(1))
+    got = model.generate(prompt, 20, temperature=0.0, eos=eos)
+    hook.remove()
+    assert len(calls) == 1
+    assert (got[:, 5:] == eos).all()
+
+
+def test_no_new_tokens(model):
+    assert torch.equal(model.generate(draw(2, 3), 0), draw(2, 3))
+
+
+def test_int32_prompt_and_progress(model, capsys):
+    prompt = draw(1, 3).int()
+    got = model.generate(prompt, 4, progress=True, temperature=0.0)
+    assert got.dtype == torch.int32
+    assert torch.equal(got.long(), model.generate(prompt.long(), 4, temperature=0.0))
+    assert "Generating" in capsys.readouterr().out
+
+
+# Sampling
+
+
+def frequencies(draws=4000, **options):
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(draws, 4)
+    return sample(logits, generator=torch.Generator().manual_seed(0), **options).bincount(minlength=4) / draws
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 99}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_p": 1.0}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
+    ],
+)
+def test_sampling(options, want):
+    got = frequencies(**options)
+    assert torch.equal(got == 0, torch.tensor(want) == 0)
+    assert (got - torch.tensor(want)).abs().max() < 0.03
+
+
+def test_top_p_is_per_row_and_order_does_not_matter():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]]).log().repeat(500, 1)
+    drawn = sample(logits, top_p=0.65).view(500, 2)
+    assert set(drawn[:, 0].tolist()) == {1, 3}
+    assert set(drawn[:, 1].tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "options", "error", "message"),
+    [
+        (draw(1, 0), 2, {}, ValueError, r"prompt must be \(B, n\) with n at least 1, got \(1, 0\)"),
+        (draw(3), 2, {}, ValueError, r"prompt must be \(B, n\) with n at least 1, got \(3,\)"),
+        (draw(1, 3).float(), 2, {}, TypeError, "prompt must be int64 or int32, got torch.float32"),
+        (draw(1, 50), 11, {}, ValueError, "prompt of 50 and max_new_tokens 11 exceed the model's max_seq_len 60"),
+        (draw(1, 5), -1, {}, ValueError, "max_new_tokens must not be negative, got -1"),
+        (draw(1, 5), 1, {"temperature": -1.0}, ValueError, "temperature must not be negative, got -1.0"),
+        (draw(1, 5), 1, {"temperature": float("nan")}, ValueError, "temperature must not be negative, got nan"),
+        (draw(1, 5), 1, {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        (draw(1, 5), 1, {"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
+        (draw(1, 5), 1, {"num_latents": 0}, ValueError, "num_latents must be from 1 to max_seq_len 60, got 0"),
+        (draw(1, 5), 1, {"num_latents": 4, "stride": 5}, ValueError, "stride must be from 1 to num_latents 4, got 5"),
+        (draw(1, 3), 1, {"pad_mask": torch.tensor([[False, False, True]])}, ValueError, "padded on the left only"),
+        (draw(1, 3), 1, {"pad_mask": torch.tensor([[False, True, False]])}, ValueError, "padded on the left only"),
+        (draw(1, 3), 1, {"pad_mask": torch.tensor([[True, True, True]])}, ValueError, "at least one token"),
+        (draw(1, 3), 1, {"pad_mask": torch.zeros(1, 3)}, ValueError, r"pad_mask must be bool \(1, 3\)"),
+    ],
+)
+def test_bad_calls(model, prompt, new, options, error, message):
+    with pytest.raises(error, match=message):
+        model.generate(prompt, new, **options)

@@ -1,0 +1,246 @@
+"""PerceiverAR: what moves its logits and what must not, initialisation, saving, bad input."""
+
+import dataclasses
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import perceiver_kernels as pk
+from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
+from perceiver_kernels.models.perceiver_ar import METADATA_KEY
+
+CONFIG = PerceiverARConfig(vocab_size=17, dim=32, depth=2, num_heads=4, max_seq_len=64, num_latents=8, ff_mult=2)
+VARIANTS = [
+    {},
+    {"num_kv_heads": 2, "positions": "learned", "tie_embeddings": True},
+    {"positions": "none", "rotary_layout": "interleaved", "rotary_fraction": 1.0, "head_dim": 6},
+    {"depth": 0, "rotary_fraction": 0.0, "position_base": 100.0},
+]
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return PerceiverAR(dataclasses.replace(CONFIG, **changes)).double().eval()
+
+
+def draw(*shape):
+    return torch.randint(0, CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize(("length", "num_latents"), [(1, None), (3, None), (8, 1), (40, None), (40, 40), (64, 3)])
+def test_shapes(changes, length, num_latents):
+    logits = build(**changes)(draw(2, length), num_latents=num_latents)
+    assert logits.shape == (2, min(8, length) if num_latents is None else num_latents, CONFIG.vocab_size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_future_moves_nothing_bit_by_bit(changes):
+    model, tokens = build(**changes).float(), draw(2, 30)
+    before = model(tokens)
+    for column in (0, 21, 22, 25, 29):
+        other = tokens.clone()
+        other[:, column] = (other[:, column] + 1) % CONFIG.vocab_size
+        after = model(other)
+        first = max(column - 22, 0)  # latents stand at columns 22 to 29
+        assert torch.equal(before[:, :first], after[:, :first])
+        assert (before[:, first:] != after[:, first:]).any(-1).any(-1).all()
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("pads", [1, 13, 24, 28])
+def test_left_padding_is_no_padding(changes, pads):
+    """24 pads leave 6 real tokens for 8 latents: padding inside the latents' window too."""
+    model, tokens = build(**changes), draw(2, 30)
+    pad_mask = torch.zeros(2, 30, dtype=torch.bool)
+    pad_mask[1, :pads] = True
+    got = model(tokens, pad_mask=pad_mask)
+    real = min(8, 30 - pads)
+    close(got[1, -real:], model(tokens[1:, pads:], num_latents=real)[0])
+    close(got[0], model(tokens[:1])[0])
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_moves_nothing_bit_by_bit(side):
+    model, tokens = build().float(), draw(2, 30)
+    pad_mask = torch.zeros(2, 30, dtype=torch.bool)
+    if side != "right":
+        pad_mask[0, :25] = True
+    if side != "left":
+        pad_mask[1, 26:] = True
+    other = torch.where(pad_mask, (tokens + 5) % CONFIG.vocab_size, tokens)
+    a, b = (model(x, pad_mask=pad_mask) for x in (tokens, other))
+    real = ~pad_mask[:, -8:]
+    assert torch.equal(a[real], b[real])
+
+
+def test_right_padding_keeps_the_logits_of_real_columns():
+    model, tokens = build(), draw(1, 30)
+    pad_mask = torch.zeros(1, 30, dtype=torch.bool)
+    pad_mask[0, 27:] = True
+    close(model(tokens, pad_mask=pad_mask)[:, :5], model(tokens[:, :27], num_latents=5))
+
+
+def test_padded_gradients_are_the_unpadded_ones():
+    model, tokens = build(), draw(1, 20)
+
+    def grads(tokens, **options):
+        model.zero_grad()
+        model(tokens, **options)[:, -5:].square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    pad_mask = torch.arange(20)[None] < 9
+    want, got = grads(tokens[:, 9:]), grads(tokens, pad_mask=pad_mask)
+    for name in want:
+        close(got[name], want[name])
+
+
+def test_number_of_latents_changes_only_what_the_deep_layers_see():
+    tokens = draw(2, 40)
+    shallow = build(depth=0)
+    close(shallow(tokens, num_latents=5), shallow(tokens, num_latents=40)[:, -5:])
+    deep = build()
+    few, many = deep(tokens, num_latents=5), deep(tokens, num_latents=12)
+    assert (few - many[:, -5:]).abs().max() > 1e-4
+    # All positions latent is a plain causal transformer: its logits are those of every shorter input.
+    close(deep(tokens[:, :11], num_latents=11), deep(tokens, num_latents=40)[:, :11])
+
+
+def test_positions_matter_where_there_are_any():
+    tokens = torch.full((1, 20), 3)
+    for changes, flat in (({"rotary_fraction": 0.0, "positions": "none"}, True), ({}, False)):
+        logits = build(**changes)(tokens)
+        assert (logits.std(dim=1).max() < 1e-9) == flat
+
+
+def test_prefix_dropout_in_training():
+    model, tokens = build(prefix_dropout=0.5).train(), draw(2, 40)
+    rows = []
+    model.cross.attention.k_proj.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    assert rows == [24, 24, 40, 40]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_initialisation(changes):
+    torch.manual_seed(0)
+    model = PerceiverAR(dataclasses.replace(CONFIG, **changes, dim=128)).eval()
+    tokens = draw(4, 64)
+    loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, -7:].flatten())
+    uniform = torch.tensor(float(CONFIG.vocab_size)).log()
+    assert (loss / uniform - 1).abs() < 0.2
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_learns():
+    torch.manual_seed(0)
+    model = PerceiverAR(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        tokens = (torch.arange(33) + torch.randint(0, 17, (8, 1))) % 17
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, -8:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3  # from 2.8
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load(tmp_path, changes, dtype):
+    model, path = build(**changes).to(dtype), tmp_path / "model.safetensors"
+    model.save(path)
+    loaded = PerceiverAR.load(path)
+    assert loaded.config == model.config
+    state = model.state_dict()
+    assert state.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    tokens = draw(1, 20)
+    assert torch.equal(model(tokens), loaded.eval()(tokens))
+
+
+def test_load_refuses_a_file_without_configuration(tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="holds no .* was not written by PerceiverAR.save"):
+        PerceiverAR.load(path)
+    bad = json.dumps({**dataclasses.asdict(CONFIG), "num_heads": 5})
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata={METADATA_KEY: bad})
+    with pytest.raises(ValueError, match="not a multiple of num_heads 5"):
+        PerceiverAR.load(path)
+
+
+def test_compiles_without_a_graph_break():
+    model, tokens = build().float(), draw(2, 40)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), model(tokens))
+
+
+def test_activation_checkpointing():
+    model, tokens = build(), draw(2, 40)
+    want = torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))
+    run = torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False)
+    for got, expected in zip(torch.autograd.grad(run.square().sum(), list(model.parameters())), want, strict=True):
+        close(got, expected)
+
+
+def test_the_package_offers_it():
+    assert pk.PerceiverAR is PerceiverAR
+    assert pk.PerceiverARConfig is PerceiverARConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ({"dim": 33}, ValueError, "dim 33 is not a multiple of num_heads 4: give head_dim"),
+        ({"dim": 33, "head_dim": 8}, ValueError, "dim must be even for sinusoidal positions, got 33"),
+        ({"depth": -1}, ValueError, "depth must be at least 0, got -1"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got 2.0"),
+        ({"depth": True}, TypeError, "depth must be an int, got True"),
+        ({"num_kv_heads": 3}, ValueError, "num_kv_heads is 3, which does not divide num_heads 4"),
+        ({"num_latents": 65}, ValueError, "num_latents is 65, more than max_seq_len 64"),
+        ({"positions": "alibi"}, ValueError, "positions must be one of sinusoidal, learned, none, got 'alibi'"),
+        ({"rotary_layout": "neox"}, ValueError, "rotary_layout must be one of half, interleaved, got 'neox'"),
+        ({"rotary_fraction": -0.5}, ValueError, r"rotary_fraction must be in \[0, 1\], got -0.5"),
+        ({"prefix_dropout": 1.0}, ValueError, r"prefix_dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
+        ({"attention_dropout": -1}, ValueError, r"attention_dropout must be in \[0, 1\), got -1"),
+        ({"ff_mult": 0}, ValueError, "ff_mult must be positive and finite, got 0"),
+        ({"rotary_base": float("inf")}, ValueError, "rotary_base must be positive and finite, got inf"),
+        ({"position_base": -2.0}, ValueError, "position_base must be positive and finite, got -2.0"),
+    ],
+)
+def test_bad_configuration(changes, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(4, dtype=torch.int64),), ValueError, r"tokens must be \(B, N\), got \(4,\)"),
+        ((torch.zeros(1, 4),), TypeError, "tokens must be int64 or int32, got torch.float32"),
+        ((draw(1, 65),), ValueError, "tokens must have from 1 to max_seq_len 64 positions, got 65"),
+        ((draw(1, 0),), ValueError, "tokens must have from 1 to max_seq_len 64 positions, got 0"),
+        ((draw(1, 5), 6), ValueError, "num_latents must be from 1 to the 5 positions of the input, got 6"),
+        ((draw(1, 5), 0), ValueError, "num_latents must be from 1 to the 5 positions of the input, got 0"),
+        ((draw(1, 5), 2, torch.zeros(1, 4, dtype=torch.bool)), ValueError, r"pad_mask must be \(1, 5\) like tokens"),
+        ((draw(1, 5), 2, torch.zeros(1, 5)), TypeError, "pad_mask must be bool, got torch.float32"),
+    ],
+)
+def test_bad_calls(arguments, error, message):
+    with pytest.raises(error, match=message):
+        build()(*arguments)

@@ -1,0 +1,113 @@
+// The register-tiled product that all passes are made of: C (rows x columns) from A (rows x depth) and B
+// (depth x columns). Elements of A are broadcast, rows of B are vectors; a step of the depth is one operand
+// wide: a float, a double, or two bfloat16 side by side.
+#pragma once
+
+#include "math.h"
+#include "simd.h"
+
+namespace pk::cpu::PK_ISA {
+
+// How numbers enter the product. Acc: accumulators; Operand: what one broadcast moves; kPack: elements per
+// operand.
+template <class T>
+struct Plain {
+  using Acc = T;
+  using Operand = T;
+  static constexpr int kPack = 1, kExpTerms = 5;
+  static inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
+};
+
+struct BFloat16Pairs {
+  using Acc = float;
+  using Operand = uint32_t;
+  static constexpr int kPack = 2, kExpTerms = 4;
+  static inline Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> c) {
+#if defined(__AVX512BF16__)
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else  // what the instruction computes; lets machines without it test the mode
+    const Vec<float> odd =
+        bit_cast<Vec<float> >(a & 0xffff0000u) * bit_cast<Vec<float> >(b & 0xffff0000u) + c;
+    return bit_cast<Vec<float> >(a << 16) * bit_cast<Vec<float> >(b << 16) + odd;
+#endif
+  }
+};
+
+#if defined(__AVX512BF16__) || defined(PK_EMULATE_BFLOAT16_PAIRS)
+using BFloat16Mode = BFloat16Pairs;
+#else
+using BFloat16Mode = Plain<float>;  // converted in the packing
+#endif
+
+enum class Update { kStore, kAdd, kRescale };  // C = AB, C += AB, C = C * column_scale + AB
+
+template <class Mode>
+struct Product {
+  using Acc = typename Mode::Acc;
+  using Operand = typename Mode::Operand;
+
+  const Operand* a;
+  int64_t a_row, a_step;
+  const Operand* b;
+  int64_t b_step;
+  int64_t depth;  // in operands
+  Acc* c;
+  int64_t c_row;
+  const Acc* column_scale;  // Update::kRescale only
+};
+
+template <class Mode, Update kUpdate, int kRows, int kVectors>
+inline void multiply_tile(const Product<Mode>& p, int64_t row) {
+  using Acc = typename Mode::Acc;
+  using Operand = typename Mode::Operand;
+  constexpr int kStep = kLanes<Acc>;
+  Vec<Acc> acc[kRows][kVectors] = {};
+  const Operand* a = p.a + row * p.a_row;
+  const Operand* b = p.b;
+  for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {
+    Vec<Operand> bs[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) bs[v] = load(b + v * kStep);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = Mode::multiply_add(splat(a[r * p.a_row]), bs[v], acc[r][v]);
+  }
+  Acc* c = p.c + row * p.c_row;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      Acc* to = c + r * p.c_row + v * kStep;
+      if constexpr (kUpdate == Update::kAdd) acc[r][v] += load(to);
+      if constexpr (kUpdate == Update::kRescale) acc[r][v] += load(to) * load(p.column_scale + v * kStep);
+      store(to, acc[r][v]);
+    }
+}
+
+// `columns`: a multiple of the vector width, at most one panel.
+template <Update kUpdate, class Mode>
+inline void multiply(const Product<Mode>& p, int64_t rows, int64_t columns) {
+  with_vectors<typename Mode::Acc>(columns, [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    int64_t row = 0;
+    for (; row + kTileRows <= rows; row += kTileRows)
+      multiply_tile<Mode, kUpdate, kTileRows, kVectors>(p, row);
+    static_assert(kTileRows == 6);
+    switch (rows - row) {
+      case 1:
+        return multiply_tile<Mode, kUpdate, 1, kVectors>(p, row);
+      case 2:
+        return multiply_tile<Mode, kUpdate, 2, kVectors>(p, row);
+      case 3:
+        return multiply_tile<Mode, kUpdate, 3, kVectors>(p, row);
+      case 4:
+        return multiply_tile<Mode, kUpdate, 4, kVectors>(p, row);
+      case 5:
+        return multiply_tile<Mode, kUpdate, 5, kVectors>(p, row);
+    }
+  });
+}
+
+}  // namespace pk::cpu::PK_ISA

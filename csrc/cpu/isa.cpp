@@ -1,0 +1,63 @@
+// Which instruction sets were compiled, and which one this processor gets.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace pk::cpu {
+
+#define PK_DECLARE(isa)              \
+  namespace isa {                    \
+  const Kernels* kernels(DType);     \
+  extern const Internals kInternals; \
+  }
+PK_DECLARE(baseline)
+#ifdef PK_HAS_X86_SETS
+PK_DECLARE(avx2)
+PK_DECLARE(avx512)
+PK_DECLARE(avx512_bf16)
+
+namespace {
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512cd");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+}  // namespace
+#endif
+
+extern const InstructionSet kInstructionSets[] = {
+    {"baseline", [] { return true; }, baseline::kernels, &baseline::kInternals},
+#ifdef PK_HAS_X86_SETS
+    {"avx2", has_avx2, avx2::kernels, &avx2::kInternals},
+    {"avx512", has_avx512, avx512::kernels, &avx512::kInternals},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::kernels, &avx512_bf16::kInternals},
+#endif
+    {nullptr, nullptr, nullptr, nullptr},
+};
+
+const InstructionSet& instruction_set() {
+  // Read at every call: tests switch within one process, and getenv costs nothing beside a kernel.
+  const char* wanted = std::getenv("PERCEIVER_KERNELS_ISA");
+  const InstructionSet* best = nullptr;
+  for (const InstructionSet* set = kInstructionSets; set->name; ++set) {
+    if (wanted && *wanted && std::strcmp(wanted, set->name) != 0) continue;
+    if (set->supported()) best = set;
+  }
+  if (!best) {
+    std::string names;
+    for (const InstructionSet* set = kInstructionSets; set->name; ++set)
+      if (set->supported()) names += std::string(names.empty() ? "" : ", ") + set->name;
+    throw std::invalid_argument("PERCEIVER_KERNELS_ISA is \"" + std::string(wanted) +
+                                "\"; this build runs on this processor with: " + names);
+  }
+  return *best;
+}
+
+}  // namespace pk::cpu

@@ -1,0 +1,36 @@
+"""The compiled libraries: ``_C`` (torch operators) and ``_native`` (build facts, probes, kernel internals)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_HOW_TO_BUILD = "install a C++17 compiler and reinstall with `pip install --no-build-isolation .`"
+
+
+@functools.cache
+def load() -> str | None:
+    """Load ``_C`` once. Returns None when its operators are there, else why not and what to do about it."""
+    path = Path(__file__).with_name("_C.so")
+    if not path.exists():
+        return f"the package was installed without its compiled kernels; {_HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load with torch {torch.__version__} ({error}); {_HOW_TO_BUILD}"
+    return None
+
+
+def _import_native() -> ModuleType | None:
+    try:
+        return importlib.import_module("perceiver_kernels._native")
+    except ImportError:
+        return None
+
+
+native = _import_native()
+"""The ``_native`` module, or None when the package was built without it."""

@@ -1,0 +1,59 @@
+"""The `perceiver-kernels` command: doctor, verify, bench, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from perceiver_kernels import __version__
+from perceiver_kernels.cli import bench, demo, doctor, verify
+from perceiver_kernels.cli.machine import provenance
+from perceiver_kernels.cli.report import CommandError, Result, err, write_json
+
+COMMANDS = {"doctor": doctor, "verify": verify, "bench": bench, "demo": demo}
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; each subcommand's module adds its own arguments."""
+    top = argparse.ArgumentParser(prog="perceiver-kernels", description=__doc__)
+    top.add_argument("--version", action="version", version=f"perceiver-kernels {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine and commit")
+        module.add_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns its exit code: 0, 1 (something failed), 2 (bad request) or 130 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    result: Result = {}
+    try:
+        if args.json:
+            claim(args.json)
+        result.update(provenance(argv))
+        code = COMMANDS[args.command].run(args, result)
+    except CommandError as error:
+        err.print(f"[red]perceiver-kernels {args.command}:[/] {error}", soft_wrap=True)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+        err.print("\n[yellow]interrupted[/]" + (f"; what was measured is in {args.json}" if args.json else ""))
+        code = INTERRUPTED
+    if args.json:
+        write_json(args.json, result)
+    return code
+
+
+def claim(path: Path) -> None:
+    """Fail now, not after minutes of measuring, when a result can't be written to `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise CommandError(f"--json can't write {path}: {error.strerror}") from error

@@ -1,0 +1,254 @@
+"""Time every usable backend against torch's own ways to compute the same attention, in one interleaved run.
+
+The peers are torch-eager (matmul, softmax, matmul), torch-sdpa (scaled_dot_product_attention with the
+bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention). A backend is timed only if its
+results are within budget first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+import perceiver_kernels as pk
+from perceiver_kernels._library import native
+from perceiver_kernels.cli import charts, measure
+from perceiver_kernels.cli.fresh import in_fresh_process
+from perceiver_kernels.cli.machine import build, caption
+from perceiver_kernels.cli.measure import DTYPES, PASSES, Candidate
+from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, seconds
+from perceiver_kernels.testing.cases import BENCH_CASES, Case
+from perceiver_kernels.testing.inputs import Inputs, make_inputs
+from perceiver_kernels.testing.peers import PEERS, Unsupported
+
+SUMMARY = "microbenchmarks against eager, SDPA and FlexAttention"
+SHAPE_FLAGS = {"batch": "B", "heads": "H", "kv_heads": "Hkv", "queries": "M", "keys": "N", "dim": "D", "value_dim": "Dv"}
+PRESETS = {case.name: case for case in BENCH_CASES}
+
+
+def positive(text: str) -> int:
+    """An int of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shape, what to run, and how long."""
+    shape = parser.add_argument_group("shape", "named shapes, or one of your own; a flag overrides the named shape's value")
+    shape.add_argument("--case", nargs="+", choices=PRESETS, metavar="NAME", help="one or more of: " + ", ".join(PRESETS))
+    for flag, letter in SHAPE_FLAGS.items():
+        shape.add_argument("--" + flag.replace("_", "-"), type=positive, metavar=letter, help=f"{letter} of the contract")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends and peers; default: all that can run here")
+    parser.add_argument("--repeat", type=positive, default=11, help="interleaved rounds (default 11)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start no new round after this long (default 60)")
+    parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a fresh process each")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart (PNG)")
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Case]:
+    """The named cases with the shape flags applied. CommandError for heads that don't divide."""
+    given = {letter: getattr(args, flag) for flag, letter in SHAPE_FLAGS.items() if getattr(args, flag) is not None}
+    cases = [PRESETS[name] for name in args.case or [BENCH_CASES[0].name]]
+    if not given:
+        return cases
+    if "D" in given:
+        given.setdefault("Dv", given["D"])
+    if "H" in given:
+        given.setdefault("Hkv", given["H"])
+    cases = [replace(case, name="custom" if len(cases) == 1 else f"{case.name}*", **given) for case in cases]
+    for case in cases:
+        if case.H % case.Hkv:
+            raise CommandError(f"--kv-heads {case.Hkv} does not divide --heads {case.H}")
+    return cases
+
+
+def chosen_names(args: argparse.Namespace) -> list[str]:
+    """Backends and peers to run. CommandError for a name that is unknown or can't run here."""
+    backends = pk.available_backends("cpu")
+    if args.backends is None:
+        return [name for name, reason in backends.items() if reason is None] + list(PEERS)
+    for name in args.backends:
+        if name not in PEERS and name not in backends:
+            raise CommandError(f"unknown backend {name!r}: choose from {', '.join([*backends, *PEERS])}")
+        if backends.get(name) is not None:
+            raise CommandError(f"backend {name!r} can't run here: {backends[name]}")
+    return list(dict.fromkeys(args.backends))
+
+
+def shape_text(case: Case) -> str:
+    """B1 H8 M1024 N16384 D64, with Hkv and Dv where they differ."""
+    heads = f"H{case.H}" if case.H == case.Hkv else f"H{case.H}/{case.Hkv}"
+    dims = f"D{case.D}" if case.D == case.Dv else f"D{case.D}/{case.Dv}"
+    return f"B{case.B} {heads} M{case.M} N{case.N} {dims}"
+
+
+class Problem:
+    """One shape, dtype and pass: its inputs, its candidates and the rows that come out."""
+
+    def __init__(self, case: Case, dtype: str, direction: str) -> None:
+        self.case, self.dtype, self.direction = case, dtype, direction
+        self.backward = direction == "fwdbwd"
+        self.inputs: Inputs = make_inputs(case, DTYPES[dtype], "cpu", 0)
+        self.head = {"case": case.name, "shape": shape_text(case), "dtype": dtype, "pass": direction}
+        self.candidates: list[Candidate] = []
+        self.notes: dict[str, dict[str, Any]] = {}
+
+    def admit(self, name: str, verdict: dict[str, Any]) -> None:
+        """Prepare and check one candidate; a backend over budget, and whatever can't run, is left out with its reason."""
+        kind = "peer" if name in PEERS else "backend"
+        note: dict[str, Any] = {**self.head, "candidate": name, "kind": kind}
+        self.notes[name] = note
+        try:
+            candidate = measure.prepare(name, self.inputs, self.backward)
+        except (Unsupported, ValueError, RuntimeError, MemoryError) as error:
+            note["skipped"] = str(error)
+            return
+        note["way"] = candidate.way
+        note |= measure.accuracy(candidate, self.inputs, self.backward, verdict)
+        if not note["within_budget"] and kind == "backend":
+            note["skipped"] = f"over its error budget in {note['worst_tensor']}: {note['error']:.2g}, budget {note['budget']:.2g}"
+            return
+        self.candidates.append(candidate)
+
+    def rows(self, peaks: dict[str, float | None], memory: dict[str, int | None]) -> list[dict[str, Any]]:
+        """One row for each candidate, with what has been sampled so far."""
+        sampled = {c.name: c for c in self.candidates if c.samples}
+        timings = {name: measure.summary(c.samples) for name, c in sampled.items()}
+        work = measure.operations(self.inputs, self.backward)
+        kv_bytes = sum(x.numel() * x.element_size() for x in (self.inputs.key, self.inputs.value))
+        rows = []
+        for name, note in self.notes.items():
+            row = dict(note)
+            if name in timings:
+                timing = timings[name]
+                rate = work / timing["median_s"] / 1e9
+                base = timings.get("torch-sdpa")
+                row |= timing
+                row |= {
+                    "rounds": len(sampled[name].samples),
+                    "calls_per_sample": sampled[name].loops,
+                    "gflops": rate,
+                    "peak_gflops": peaks[self.dtype],
+                    "peak_fraction": None if peaks[self.dtype] is None else rate / (peaks[self.dtype] or 1.0),
+                    "speedup": None if base is None else base["median_s"] / timing["median_s"],
+                    "kv_gb_per_s": None if self.backward else kv_bytes / timing["median_s"] / 1e9,
+                    "peak_extra_bytes": memory.get(name),
+                }
+            rows.append(row)
+        return rows
+
+
+def fma_peak(dtype: str) -> float | None:
+    """GFLOP/s of a loop of nothing but multiply-adds with as many threads as torch uses; None without the library."""
+    return float(native.fma_peak(dtype, torch.get_num_threads())) if build() and native is not None else None
+
+
+def measure_problem(
+    problem: Problem, names: list[str], result: Result, *, repeat: int, limit: float, weighed: bool
+) -> None:
+    """Check, time and weigh one problem; its rows enter `result` however far it gets.
+
+    At most `repeat` rounds, none started after `limit` seconds; `weighed`: measure peak memory, too.
+    """
+    verdict = measure.sample_reference(problem.inputs, problem.backward)
+    label = f"{problem.case.name} {problem.dtype} {problem.direction}"
+    memory: dict[str, int | None] = {}
+    earlier = list(result["rows"])
+    try:
+        with progress() as bar:
+            task = bar.add_task(f"{label}: warm-up and check", total=len(names))
+            for name in names:
+                bar.update(task, description=f"{label}: warm-up and check of {name}")
+                problem.admit(name, verdict)
+                bar.advance(task)
+            result["peak_gflops"].setdefault(problem.dtype, fma_peak(problem.dtype))
+            bar.reset(task, total=repeat * len(problem.candidates), description=f"{label}: timing")
+            for _ in measure.rounds(problem.candidates, repeat, limit):
+                bar.advance(task)
+            if weighed:
+                bar.reset(task, total=len(problem.candidates), description=f"{label}: memory")
+                for candidate in problem.candidates:
+                    memory[candidate.name] = weigh(problem, candidate)
+                    bar.advance(task)
+    finally:
+        result["rows"] = earlier + problem.rows(result["peak_gflops"], memory)
+
+
+def weigh(problem: Problem, candidate: Candidate) -> int | None:
+    """Peak extra memory of one call in a fresh process."""
+    argument = {
+        "case": asdict(problem.case),
+        "dtype": problem.dtype,
+        "backward": problem.backward,
+        "name": candidate.name,
+        "way": candidate.way,
+        "threads": torch.get_num_threads(),
+    }
+    return in_fresh_process(measure.peak_memory, argument)
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """One table for each problem."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["shape"], row["dtype"], row["pass"]), []).append(row)
+    for (case, shape, dtype, direction), group in groups.items():
+        table = Table(title=f"{case}: {shape}, {dtype}, {direction}", title_justify="left")
+        table.add_column("candidate")
+        for column in ("median", "quartiles", "GFLOP/s", "of peak", "vs sdpa", "K,V GB/s", "peak MiB", "error/budget"):
+            table.add_column(column, justify="right")
+        for row in group:
+            name = row["candidate"] + (f" ({row['way']})" if row.get("way") else "")
+            if "median_s" not in row:
+                table.add_row(name, f"[dim]{escape(row.get('skipped', 'not timed'))}[/]")
+                continue
+            table.add_row(
+                name,
+                seconds(row["median_s"]),
+                f"{seconds(row['q1_s'])} - {seconds(row['q3_s'])}",
+                f"{row['gflops']:,.1f}",
+                "-" if row["peak_fraction"] is None else f"{row['peak_fraction']:.0%}",
+                "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+                "-" if row["kv_gb_per_s"] is None else f"{row['kv_gb_per_s']:.1f}",
+                mib(row["peak_extra_bytes"]),
+                f"{row['error']:.1e} / {row['budget']:.1e}" if row["within_budget"] else f"[red]{row['error']:.1e} / {row['budget']:.1e}[/]",
+            )
+        out.print(table)
+
+
+def run(args: argparse.Namespace, result: Result) -> int:
+    """Measure every chosen problem. Returns 1 if a backend was left out for its errors, else 0."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases, names = chosen_cases(args), chosen_names(args)
+    if args.plot:
+        charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show before minutes of measuring
+    result["machine"]["threads"] = torch.get_num_threads()
+    problems = [(c, d, p) for c in cases for d in args.dtype for p in args.passes]
+    measure_all(problems, names, result, repeat=args.repeat, limit=args.seconds, weighed=not args.no_memory, plot=args.plot)
+    return 0
+
+
+def measure_all(
+    problems: list[tuple[Case, str, str]], names: list[str], result: Result, *, plot: Path | None, **options: Any
+) -> None:
+    """Measure each (case, dtype, pass) into `result`, print the tables and draw the chart, also of a part if interrupted."""
+    result["rows"], result["peak_gflops"] = [], {}
+    try:
+        for case, dtype, direction in problems:
+            measure_problem(Problem(case, dtype, direction), names, result, **options)
+    finally:
+        print_tables(result["rows"])
+        if plot and result["rows"]:
+            charts.bench_chart(result["rows"], plot, caption(result))

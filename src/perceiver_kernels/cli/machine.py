@@ -1,0 +1,93 @@
+"""Where a result comes from: the machine, the commit, the command and the date that stand in every result file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perceiver_kernels import __version__
+from perceiver_kernels._library import load, native
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def cpu_model() -> str:
+    """The processor's name, or its architecture where the system gives none (many aarch64 machines)."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may run on, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Physical memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def commit() -> str | None:
+    """The git commit of this source tree ("+changes" when files differ from it), None for an installed copy."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PACKAGE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed copy can lie inside somebody else's repository
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def build() -> dict[str, Any]:
+    """What the compiled library was built for, and which instruction set this machine uses; {} without it."""
+    return dict(native.build_info()) if load() is None and native is not None else {}
+
+
+def machine() -> dict[str, Any]:
+    """Facts about the machine and its software that a timing depends on."""
+    return {
+        "cpu": cpu_model(),
+        "arch": platform.machine(),
+        "cores": cores(),
+        "memory_gb": round(memory_bytes() / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "isa": build().get("isa"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def provenance(arguments: list[str] | None = None) -> dict[str, Any]:
+    """What every result file says about its origin; `arguments` are the command line's, None for this process's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "command": shlex.join(["perceiver-kernels", *arguments]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Machine and commit in one line, for the foot of a chart."""
+    where, what = result["machine"], (result["commit"] or result["version"])[:12]
+    return f"{where['cpu']}, {where['threads']} threads, {where['isa'] or 'no compiled library'}, torch {where['torch']}, {what}"

@@ -1,0 +1,156 @@
+"""Time candidates for one attention problem fairly: checked first, then in interleaved rounds.
+
+Rounds run A B C A B C ..., so that a clock that drifts or a neighbour who wakes up touches every candidate alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import perceiver_kernels as pk
+from perceiver_kernels.cli.memory import peak_growth
+from perceiver_kernels.spec import AttentionSpec, make_spec
+from perceiver_kernels.testing.cases import Case
+from perceiver_kernels.testing.inputs import Inputs, make_inputs
+from perceiver_kernels.testing.peers import PEERS, Attend, Unsupported
+
+SHORTEST_SAMPLE = 5e-3  # seconds; a sample repeats its call until it lasts about that long
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PASSES = ("fwd", "fwdbwd")
+
+
+@dataclass
+class Candidate:
+    """One way to compute the problem: `call()` runs it once and returns out, with gradients dq, dk, dv when asked."""
+
+    name: str
+    call: Callable[[], tuple[Tensor, ...]]
+    way: str = ""  # which of a peer's variants was fastest
+    loops: int = 1  # calls per sample
+    samples: list[float] = field(default_factory=list)  # seconds per call, one entry per round
+
+
+def spec_of(inputs: Inputs) -> AttentionSpec:
+    """The canonical form of `inputs`, for peers and for counting."""
+    options: dict[str, Any] = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap", "dropout_seed"))
+    options |= {"is_causal": True, "dropout_p": 0.0} | inputs.kwargs
+    options.pop("return_lse", None)
+    return make_spec(inputs.query, inputs.key, inputs.value, **options)
+
+
+def runner(attend: Attend, inputs: Inputs, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that runs `attend` forward, or forward and backward from a given dout."""
+    if not backward:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (attend(inputs.query, inputs.key, inputs.value),)
+
+        return forward
+    leaves = tuple(x.detach().requires_grad_() for x in (inputs.query, inputs.key, inputs.value))
+
+    def both() -> tuple[Tensor, ...]:
+        out = attend(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, inputs.dout)
+
+    return both
+
+
+def ways(name: str, inputs: Inputs, backward: bool) -> dict[str, Attend]:
+    """Every way in which backend or peer `name` can compute `inputs`. Unsupported, ValueError: it can't."""
+    if name in PEERS:
+        return PEERS[name](inputs.query, inputs.key, inputs.value, spec_of(inputs), backward)
+    return {"": lambda q, k, v: pk.perceiver_attention(q, k, v, **inputs.kwargs, backend=name)}
+
+
+def clock(call: Callable[[], Any], loops: int = 1) -> float:
+    """Seconds per call over `loops` calls in a row."""
+    begin = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return (time.perf_counter() - begin) / loops
+
+
+def prepare(name: str, inputs: Inputs, backward: bool) -> Candidate:
+    """Warm `name` up, choose its fastest way and how many calls make a sample."""
+    best: Candidate | None = None
+    fastest = float("inf")
+    errors = []
+    for way, attend in ways(name, inputs, backward).items():
+        call = runner(attend, inputs, backward)
+        try:
+            call()  # compiles, allocates and touches what only a first call has to
+            took = min(clock(call), clock(call))
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            errors.append(str(error).splitlines()[0])
+            continue
+        if took < fastest:
+            best, fastest = Candidate(name, call, way, max(1, round(SHORTEST_SAMPLE / took))), took
+    if best is None:
+        raise Unsupported("; ".join(dict.fromkeys(errors)))
+    return best
+
+
+def rounds(candidates: Sequence[Candidate], repeat: int, limit: float) -> Iterator[None]:
+    """Sample every candidate once per round, yielding after each: `repeat` rounds, fewer once `limit` seconds are over."""
+    begin = time.perf_counter()
+    for done in range(repeat):
+        if done >= 3 and time.perf_counter() - begin > limit:
+            return
+        for candidate in candidates:
+            candidate.samples.append(clock(candidate.call, candidate.loops))
+            yield
+
+
+def visible_pairs(inputs: Inputs) -> int:
+    """(query, key) pairs that the visibility rule leaves, over all examples and query heads."""
+    spec, (batch, heads, queries, _), keys = spec_of(inputs), inputs.query.shape, inputs.key.shape[2]
+    last = torch.full((batch, queries), keys, dtype=torch.int64)  # each query sees keys [0, last)
+    if spec.is_causal:
+        offsets = torch.tensor([spec.q_offset] * batch) if spec.q_offsets is None else spec.q_offsets.cpu()
+        last = (offsets.unsqueeze(1) + torch.arange(queries) + 1).clamp(0, keys)
+    if spec.key_mask is None:
+        return heads * int(last.sum())
+    seen = torch.nn.functional.pad(spec.key_mask.cpu().cumsum(1), (1, 0))
+    return heads * int(seen.gather(1, last).sum())
+
+
+def operations(inputs: Inputs, backward: bool) -> int:
+    """Floating-point operations of the matmuls that can't be avoided: 4 D a pair forward, 3.5 times that with backward."""
+    d, dv = inputs.query.shape[-1], inputs.value.shape[-1]
+    per_pair = 2 * (d + dv) + (2 * (3 * d + 2 * dv) if backward else 0)
+    return per_pair * visible_pairs(inputs)
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles, in seconds."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return {"median_s": median, "q1_s": low, "q3_s": high, "min_s": min(samples)}
+
+
+def peak_memory(argument: dict[str, Any]) -> int | None:
+    """Run in a fresh process: peak extra memory of one call, in bytes, a peer's mask included.
+
+    `argument`: case (a dict of Case's fields), dtype, backward, name, way, threads.
+    """
+    torch.set_num_threads(argument["threads"])
+    dtype, backward, name, way = (argument[key] for key in ("dtype", "backward", "name", "way"))
+    case = Case(**argument["case"])
+
+    def once(inputs: Inputs) -> tuple[Tensor, ...]:
+        return runner(ways(name, inputs, backward)[way], inputs, backward)()
+
+    inputs = make_inputs(case, DTYPES[dtype], "cpu", 0)
+    if way == "compiled":  # the compiler's own memory is not the attention's: count a later call
+        call = runner(ways(name, inputs, backward)[way], inputs, backward)
+        call()
+        return peak_growth(call)
+    small = Case(**{**asdict(case), "B": 1, "M": min(case.M, 64), "N": min(case.N, 64)})
+    once(make_inputs(small, DTYPES[dtype], "cpu", 0))
+    return peak_growth(lambda: once(inputs))

@@ -91,7 +91,9 @@ def test_cache_does_the_work_once(model):
     rows, latents = [], []
     hooks = [
         model.cross.attention.k_proj.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[1])),
-        model.cross.attention.q_proj.register_forward_pre_hook(lambda m, args: latents.append(args[0].shape[1])),
+        model.cross.attention.q_proj.register_forward_pre_hook(
+            lambda m, args: latents.append(args[0].shape[1])
+        ),
     ]
     model.generate(draw(1, 20), 9, num_latents=8, stride=4)
     for hook in hooks:
@@ -224,16 +226,52 @@ def test_top_p_is_per_row_and_order_does_not_matter():
         (draw(1, 0), 2, {}, ValueError, r"prompt must be \(B, n\) with n at least 1, got \(1, 0\)"),
         (draw(3), 2, {}, ValueError, r"prompt must be \(B, n\) with n at least 1, got \(3,\)"),
         (draw(1, 3).float(), 2, {}, TypeError, "prompt must be int64 or int32, got torch.float32"),
-        (draw(1, 50), 11, {}, ValueError, "prompt of 50 and max_new_tokens 11 exceed the model's max_seq_len 60"),
+        (
+            draw(1, 50),
+            11,
+            {},
+            ValueError,
+            "prompt of 50 and max_new_tokens 11 exceed the model's max_seq_len 60",
+        ),
         (draw(1, 5), -1, {}, ValueError, "max_new_tokens must not be negative, got -1"),
         (draw(1, 5), 1, {"temperature": -1.0}, ValueError, "temperature must not be negative, got -1.0"),
-        (draw(1, 5), 1, {"temperature": float("nan")}, ValueError, "temperature must not be negative, got nan"),
+        (
+            draw(1, 5),
+            1,
+            {"temperature": float("nan")},
+            ValueError,
+            "temperature must not be negative, got nan",
+        ),
         (draw(1, 5), 1, {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         (draw(1, 5), 1, {"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
-        (draw(1, 5), 1, {"num_latents": 0}, ValueError, "num_latents must be from 1 to max_seq_len 60, got 0"),
-        (draw(1, 5), 1, {"num_latents": 4, "stride": 5}, ValueError, "stride must be from 1 to num_latents 4, got 5"),
-        (draw(1, 3), 1, {"pad_mask": torch.tensor([[False, False, True]])}, ValueError, "padded on the left only"),
-        (draw(1, 3), 1, {"pad_mask": torch.tensor([[False, True, False]])}, ValueError, "padded on the left only"),
+        (
+            draw(1, 5),
+            1,
+            {"num_latents": 0},
+            ValueError,
+            "num_latents must be from 1 to max_seq_len 60, got 0",
+        ),
+        (
+            draw(1, 5),
+            1,
+            {"num_latents": 4, "stride": 5},
+            ValueError,
+            "stride must be from 1 to num_latents 4, got 5",
+        ),
+        (
+            draw(1, 3),
+            1,
+            {"pad_mask": torch.tensor([[False, False, True]])},
+            ValueError,
+            "padded on the left only",
+        ),
+        (
+            draw(1, 3),
+            1,
+            {"pad_mask": torch.tensor([[False, True, False]])},
+            ValueError,
+            "padded on the left only",
+        ),
         (draw(1, 3), 1, {"pad_mask": torch.tensor([[True, True, True]])}, ValueError, "at least one token"),
         (draw(1, 3), 1, {"pad_mask": torch.zeros(1, 3)}, ValueError, r"pad_mask must be bool \(1, 3\)"),
     ],

@@ -1,10 +1,17 @@
-"""The attention layers against plain float64 mathematics, and what they promise about masks, dropout and caches."""
+"""The layers against plain float64 mathematics, and what they promise about masks, dropout and caches."""
 
 import pytest
 import torch
 from torch import nn
 
-from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention, gather_rows, kept_indices
+from perceiver_kernels.layers import (
+    CrossAttention,
+    FeedForward,
+    KVCache,
+    SelfAttention,
+    gather_rows,
+    kept_indices,
+)
 from perceiver_kernels.rotary import apply_rotary, rotary_cos_sin
 
 DIM = 24
@@ -30,7 +37,11 @@ def plain_attention(layer, latents, inputs, cos, sin, key_mask=None):
             heads = []
             for h in range(layer.num_heads):
                 g = h * layer.num_kv_heads // layer.num_heads
-                scores = k[b, seen, g] @ q[b, i, h] * (layer.head_dim**-0.5 if layer.scale is None else layer.scale)
+                scores = (
+                    k[b, seen, g]
+                    @ q[b, i, h]
+                    * (layer.head_dim**-0.5 if layer.scale is None else layer.scale)
+                )
                 if layer.softcap is not None:
                     scores = layer.softcap * (scores / layer.softcap).tanh()
                 heads.append(scores.softmax(0) @ v[b, seen, g])
@@ -66,7 +77,9 @@ def test_cross_attention_is_the_formula(options, prefix_length):
         want = plain_attention(layer, latents, torch.cat((prefix, latents), 1), cos, sin, mask)
         got = layer(latents, prefix, key_mask=mask, positions=at)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(layer(latents, prefix, key_mask=mask, rotary=(cos, sin)), want, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            layer(latents, prefix, key_mask=mask, rotary=(cos, sin)), want, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_self_attention_is_the_formula():
@@ -80,7 +93,9 @@ def test_self_attention_is_the_formula():
 def test_gradients_in_float64():
     latents, prefix = (x.requires_grad_() for x in data(latents=2, prefix=3, batch=1))
     layer = CrossAttention(DIM, 2, 1, head_dim=4).double()
-    assert torch.autograd.gradcheck(lambda a, b: layer(a, b, key_mask=torch.tensor([[False] + [True] * 4])), (latents, prefix))
+    assert torch.autograd.gradcheck(
+        lambda a, b: layer(a, b, key_mask=torch.tensor([[False] + [True] * 4])), (latents, prefix)
+    )
     x = latents.detach().requires_grad_()
     own = SelfAttention(DIM, 2, head_dim=4).double()
     assert torch.autograd.gradcheck(own, (x,))
@@ -155,7 +170,9 @@ def test_gather_rows():
     want = torch.stack([x[b, indices[b]] for b in range(3)])
     assert torch.equal(gather_rows(x, indices), want)
     assert torch.equal(gather_rows(x[:, :, 0], indices), want[:, :, 0])
-    assert torch.equal(gather_rows(x[:, 1:], indices.clamp(max=5)), gather_rows(x[:, 1:].contiguous(), indices.clamp(max=5)))
+    assert torch.equal(
+        gather_rows(x[:, 1:], indices.clamp(max=5)), gather_rows(x[:, 1:].contiguous(), indices.clamp(max=5))
+    )
 
 
 @pytest.mark.parametrize("p", [0.25, 0.5, 0.9])
@@ -184,7 +201,9 @@ def test_prefix_dropout_gathers_before_norm_and_projection():
     rows = {}
     for name in ("kv_norm", "k_proj", "v_proj"):
         module = getattr(layer, name)
-        module.register_forward_pre_hook(lambda module, args, name=name: rows.update({name: args[0].shape[1]}))
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: rows.update({name: args[0].shape[1]})
+        )
     layer.train()(latents, prefix)
     assert rows == {"kv_norm": 24, "k_proj": 24, "v_proj": 24}
     layer.eval()(latents, prefix)
@@ -222,7 +241,9 @@ def test_cached_attention_is_attention_over_everything(steps):
     with torch.no_grad():
         for step in steps:
             new, end = x[:, end : end + step], end + step
-            got.append(layer.attend(new, new, rotary=(cos[:end], sin[:end]), key_mask=key_mask[:, :end], cache=cache))
+            got.append(
+                layer.attend(new, new, rotary=(cos[:end], sin[:end]), key_mask=key_mask[:, :end], cache=cache)
+            )
         torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-10, atol=1e-10)
         # More latents than new inputs: the window refills over what is cached.
         cache.length = 12
@@ -276,7 +297,10 @@ def test_feed_forward():
         ({"num_heads": 2, "head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"num_heads": 2, "value_dim": 0}, "value_dim must be at least 1, got 0"),
         ({"num_heads": 2, "rotary_fraction": 1.5}, r"rotary_fraction must be in \[0, 1\], got 1.5"),
-        ({"num_heads": 2, "rotary_layout": "neox"}, "rotary_layout must be one of half, interleaved, got 'neox'"),
+        (
+            {"num_heads": 2, "rotary_layout": "neox"},
+            "rotary_layout must be one of half, interleaved, got 'neox'",
+        ),
         ({"num_heads": 2, "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"num_heads": 2, "prefix_dropout": -0.1}, r"prefix_dropout must be in \[0, 1\), got -0.1"),
     ],
@@ -294,12 +318,18 @@ def test_bad_options(options, message):
         (lambda f, x, p: f(x, p[:1]), r"prefix must be \(2, N - M, 24\), got \(1, 9, 24\)"),
         (lambda f, x, p: f(x, p[..., :3]), r"prefix must be \(2, N - M, 24\), got \(2, 9, 3\)"),
         (lambda f, x, p: f(x, p, key_mask=torch.ones(2, 9, dtype=torch.bool)), r"key_mask must be \(2, 13\)"),
-        (lambda f, x, p: f(x, p, positions=torch.arange(9)), r"rotary positions must be \(13,\) or \(2, 13\)"),
+        (
+            lambda f, x, p: f(x, p, positions=torch.arange(9)),
+            r"rotary positions must be \(13,\) or \(2, 13\)",
+        ),
         (
             lambda f, x, p: f(x, p, positions=torch.arange(13), rotary=rotary_cos_sin(torch.arange(13), 4)),
             "give either positions or rotary, not both",
         ),
-        (lambda f, x, p: f(x, p, rotary=rotary_cos_sin(torch.arange(13), 10)), "more than the head dim 8 holds"),
+        (
+            lambda f, x, p: f(x, p, rotary=rotary_cos_sin(torch.arange(13), 10)),
+            "more than the head dim 8 holds",
+        ),
         (lambda f, x, p: SelfAttention(DIM, 3)(x, p), "SelfAttention takes no prefix"),
     ],
 )

@@ -11,7 +11,9 @@ import perceiver_kernels as pk
 from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
 from perceiver_kernels.models.perceiver_ar import METADATA_KEY
 
-CONFIG = PerceiverARConfig(vocab_size=17, dim=32, depth=2, num_heads=4, max_seq_len=64, num_latents=8, ff_mult=2)
+CONFIG = PerceiverARConfig(
+    vocab_size=17, dim=32, depth=2, num_heads=4, max_seq_len=64, num_latents=8, ff_mult=2
+)
 VARIANTS = [
     {},
     {"num_kv_heads": 2, "positions": "learned", "tie_embeddings": True},
@@ -34,7 +36,9 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize(("length", "num_latents"), [(1, None), (3, None), (8, 1), (40, None), (40, 40), (64, 3)])
+@pytest.mark.parametrize(
+    ("length", "num_latents"), [(1, None), (3, None), (8, 1), (40, None), (40, 40), (64, 3)]
+)
 def test_shapes(changes, length, num_latents):
     logits = build(**changes)(draw(2, length), num_latents=num_latents)
     assert logits.shape == (2, min(8, length) if num_latents is None else num_latents, CONFIG.vocab_size)
@@ -141,7 +145,8 @@ def test_initialisation(changes):
     assert (loss / uniform - 1).abs() < 0.2
     loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_learns():
@@ -150,7 +155,9 @@ def test_learns():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         tokens = (torch.arange(33) + torch.randint(0, 17, (8, 1))) % 17
-        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, -8:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            model(tokens[:, :-1]).flatten(0, 1), tokens[:, -8:].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -175,7 +182,7 @@ def test_save_and_load(tmp_path, changes, dtype):
 def test_load_refuses_a_file_without_configuration(tmp_path):
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="holds no .* was not written by PerceiverAR.save"):
+    with pytest.raises(ValueError, match=r"holds no .* was not written by PerceiverAR.save"):
         PerceiverAR.load(path)
     bad = json.dumps({**dataclasses.asdict(CONFIG), "num_heads": 5})
     safetensors.torch.save_file({"x": torch.zeros(1)}, path, metadata={METADATA_KEY: bad})
@@ -185,14 +192,18 @@ def test_load_refuses_a_file_without_configuration(tmp_path):
 
 def test_compiles_without_a_graph_break():
     model, tokens = build().float(), draw(2, 40)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), model(tokens))
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), model(tokens)
+    )
 
 
 def test_activation_checkpointing():
     model, tokens = build(), draw(2, 40)
     want = torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))
     run = torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False)
-    for got, expected in zip(torch.autograd.grad(run.square().sum(), list(model.parameters())), want, strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(run.square().sum(), list(model.parameters())), want, strict=True
+    ):
         close(got, expected)
 
 
@@ -212,7 +223,11 @@ def test_the_package_offers_it():
         ({"depth": True}, TypeError, "depth must be an int, got True"),
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads is 3, which does not divide num_heads 4"),
         ({"num_latents": 65}, ValueError, "num_latents is 65, more than max_seq_len 64"),
-        ({"positions": "alibi"}, ValueError, "positions must be one of sinusoidal, learned, none, got 'alibi'"),
+        (
+            {"positions": "alibi"},
+            ValueError,
+            "positions must be one of sinusoidal, learned, none, got 'alibi'",
+        ),
         ({"rotary_layout": "neox"}, ValueError, "rotary_layout must be one of half, interleaved, got 'neox'"),
         ({"rotary_fraction": -0.5}, ValueError, r"rotary_fraction must be in \[0, 1\], got -0.5"),
         ({"prefix_dropout": 1.0}, ValueError, r"prefix_dropout must be in \[0, 1\), got 1.0"),
@@ -237,7 +252,11 @@ def test_bad_configuration(changes, error, message):
         ((draw(1, 0),), ValueError, "tokens must have from 1 to max_seq_len 64 positions, got 0"),
         ((draw(1, 5), 6), ValueError, "num_latents must be from 1 to the 5 positions of the input, got 6"),
         ((draw(1, 5), 0), ValueError, "num_latents must be from 1 to the 5 positions of the input, got 0"),
-        ((draw(1, 5), 2, torch.zeros(1, 4, dtype=torch.bool)), ValueError, r"pad_mask must be \(1, 5\) like tokens"),
+        (
+            (draw(1, 5), 2, torch.zeros(1, 4, dtype=torch.bool)),
+            ValueError,
+            r"pad_mask must be \(1, 5\) like tokens",
+        ),
         ((draw(1, 5), 2, torch.zeros(1, 5)), TypeError, "pad_mask must be bool, got torch.float32"),
     ],
 )

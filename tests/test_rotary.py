@@ -114,10 +114,16 @@ def test_positions():
     [
         (lambda: rotary_cos_sin(torch.arange(3), 5), "dim must be even and not negative, got 5"),
         (lambda: right_aligned_positions(5, 4), "length 5 and total 4"),
-        (lambda: rotate((2, 5, 3, 8), (5, 5)), "5 pairs of channels, which is more than the head dim 8 holds"),
+        (
+            lambda: rotate((2, 5, 3, 8), (5, 5)),
+            "5 pairs of channels, which is more than the head dim 8 holds",
+        ),
         (lambda: rotate((2, 5, 3, 8), (4, 2)), r"cos must be \(5, R\) or \(2, 5, R\)"),
         (lambda: rotate((2, 5, 3, 8), (3, 5, 2)), r"got \(3, 5, 2\)"),
-        (lambda: rotate((2, 5, 3, 8), (5, 2), layout="neox"), "layout must be one of half, interleaved, got 'neox'"),
+        (
+            lambda: rotate((2, 5, 3, 8), (5, 2), layout="neox"),
+            "layout must be one of half, interleaved, got 'neox'",
+        ),
         (
             lambda: apply_rotary(torch.zeros(2, 5, 3, 8), torch.zeros(5, 2), torch.zeros(5, 3)),
             r"cos and sin must have one shape, got \(5, 2\) and \(5, 3\)",

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-package = pytest.importorskip("perceiver_ar_pytorch", reason="perceiver-ar-pytorch is a development dependency")
+package = pytest.importorskip(
+    "perceiver_ar_pytorch", reason="perceiver-ar-pytorch is a development dependency"
+)
 
 from perceiver_ar_pytorch.perceiver_ar_pytorch import CausalAttention, CausalPrefixAttention  # noqa: E402
 
@@ -125,7 +127,7 @@ def test_leaves_a_users_own_subclass_alone():
 
 
 def test_saves_no_tensor_of_size_m_by_n_and_a_fraction_of_the_memory():
-    """What autograd keeps for the backward of one cross-attention: linear in N, and under a quarter of the original's."""
+    """What autograd keeps of one cross-attention: linear in N, and under a quarter of the original's."""
     latents, prefix = 64, 960
     options = {"dim": 32, "heads": 4, "dim_head": 16}
 

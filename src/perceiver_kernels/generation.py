@@ -1,18 +1,19 @@
 """Autoregressive generation with a Perceiver AR, cached or recomputed, by one rule.
 
-**The window rule.** With n tokens in hand, the next one is predicted by the latents at columns ``start(n) ... n - 1``:
+**The window rule.** The latents that predict the token after the first n are columns start(n) to n - 1:
 
     start(n) = 0                                    for n <= W
     start(n) = stride * ceil((n - W) / stride)      for n >  W
 
-W is ``num_latents``. So the window grows to W latents, then drops its oldest ``stride`` at once and grows again; it holds
-more than ``W - stride`` and at most W latents. It depends on n alone, so generating 20 tokens is generating 10 and then
-10 more, and it is the same with and without the cache.
+W is ``num_latents``. So the window grows to W latents, then drops its oldest ``stride`` at once and grows
+again; it holds more than ``W - stride`` and at most W latents. It depends on n alone, so generating 20
+tokens is generating 10 and then 10 more, and it is the same with and without the cache.
 
-**The cache.** A key and value of the cross-attention depends on its own token and position only, so they are cached for all
-positions and never recomputed. The latents attend to one another, so while the window grows each step adds one latent to
-the layers' caches, and when it moves its latents are computed anew, over the cached cross-attention: once in ``stride``
-steps. A small stride is closer to a full window at every step, a large one is faster.
+**The cache.** A key and value of the cross-attention depends on its own token and position only, so they are
+cached for all positions and never recomputed. The latents attend to one another, so while the window grows
+each step adds one latent to the layers' caches, and when it moves its latents are computed anew, over the
+cached cross-attention: once in ``stride`` steps. A small stride is closer to a full window at every step, a
+large one is faster.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def window_start(length: int, num_latents: int, stride: int) -> int:
 
 
 class CachedDecoder:
-    """Next-token logits of a growing batch of tokens. Each call may add any number of columns to those before."""
+    """Next-token logits of a growing batch of tokens; each call may add any number of columns."""
 
     def __init__(self, model: PerceiverAR, capacity: int, num_latents: int, stride: int) -> None:
         self.model, self.num_latents, self.stride = model, num_latents, stride
@@ -86,7 +87,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token from each row of (B, vocab_size): (B,) int64. Temperature 0 takes the most probable one."""
+    """Draw one token from each row of (B, vocab_size): (B,) int64. Temperature 0 takes the likeliest."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -96,7 +97,7 @@ def sample(
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        # Nucleus sampling (Holtzman et al. 2020): drop what lies beyond top_p; the most probable token always stays.
+        # Nucleus sampling (Holtzman et al. 2020): drop what lies beyond top_p, never the likeliest token.
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
         beyond[:, 0] = False
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
@@ -125,14 +126,14 @@ def generate(
     Args:
         model: runs in eval mode, and is left in the mode that it was in.
         prompt: (B, n) int64 or int32, n at least 1; may be shorter than the latents.
-        max_new_tokens: how many tokens to add; n + max_new_tokens must not exceed the model's ``max_seq_len``: absolute
-            positions do not slide.
+        max_new_tokens: how many tokens to add; n + max_new_tokens must not exceed the model's
+            ``max_seq_len``: absolute positions do not slide.
         temperature: divides the logits; 0 is greedy.
         top_k: sample from the k most probable tokens (and ties of the last).
         top_p: sample from the fewest tokens that hold this much probability.
         eos: a sequence that draws this token is filled up with it.
-        pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths. The latents' window counts
-            columns, padding included.
+        pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths. The latents'
+            window counts columns, padding included.
         num_latents: W of the window rule, see the module. None: the model's.
         stride: stride of the window rule, from 1 to W. None: W // 2 (at least 1).
         generator: source of randomness. None: torch's.
@@ -148,7 +149,9 @@ def generate(
     batch, length = _check_prompt(model, prompt, max_new_tokens, pad_mask)
     num_latents = model.config.num_latents if num_latents is None else num_latents
     if not 1 <= num_latents <= model.config.max_seq_len:
-        raise ValueError(f"num_latents must be from 1 to max_seq_len {model.config.max_seq_len}, got {num_latents}")
+        raise ValueError(
+            f"num_latents must be from 1 to max_seq_len {model.config.max_seq_len}, got {num_latents}"
+        )
     stride = max(num_latents // 2, 1) if stride is None else stride
     if not 1 <= stride <= num_latents:
         raise ValueError(f"stride must be from 1 to num_latents {num_latents}, got {stride}")
@@ -187,7 +190,9 @@ def generate(
     return tokens
 
 
-def _check_prompt(model: PerceiverAR, prompt: Tensor, max_new_tokens: int, pad_mask: Tensor | None) -> tuple[int, int]:
+def _check_prompt(
+    model: PerceiverAR, prompt: Tensor, max_new_tokens: int, pad_mask: Tensor | None
+) -> tuple[int, int]:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if prompt.dim() != 2 or prompt.shape[1] < 1:
@@ -197,7 +202,8 @@ def _check_prompt(model: PerceiverAR, prompt: Tensor, max_new_tokens: int, pad_m
     batch, length = prompt.shape
     if length + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
-            f"prompt of {length} and max_new_tokens {max_new_tokens} exceed the model's max_seq_len {model.config.max_seq_len}"
+            f"prompt of {length} and max_new_tokens {max_new_tokens} exceed "
+            f"the model's max_seq_len {model.config.max_seq_len}"
         )
     if pad_mask is not None:
         if pad_mask.shape != prompt.shape or pad_mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Attention layers of a Perceiver AR: the cross-attention from all inputs onto the latents, and the latent stack.
+"""The layers of a Perceiver AR: cross-attention from all inputs onto the latents, and the latent stack.
 
 Every layer is pre-norm and returns the update only; the caller adds it to the residual.
 """
@@ -19,26 +19,26 @@ Rotary = tuple[Tensor, Tensor]
 class KVCache:
     """Keys (already rotated) and values of the inputs seen so far, in buffers of a fixed capacity.
 
-    ``append`` returns views of everything stored, (B, Hkv, length, D) and (B, Hkv, length, Dv). For inference: the
-    buffers are overwritten in place, so no gradient flows through them.
+    ``append`` returns views of everything stored, (B, Hkv, length, D) and (B, Hkv, length, Dv). For
+    inference: the buffers are overwritten in place, so no gradient flows through them.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: list[Tensor] = []
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, n, D) and (B, Hkv, n, Dv) after what is there; the first call fixes shapes, dtype and device."""
+        """Store (B, Hkv, n, D) and (B, Hkv, n, Dv) after what is there, on the first call's device."""
         begin, self.length = self.length, self.length + key.shape[2]
         if self.length > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, which is less than {self.length}")
-        if self._buffers is None:
-            self._buffers = tuple(x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
-        assert self._buffers is not None
+        if not self._buffers:
+            self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key, value)]
         for buffer, new in zip(self._buffers, (key, value), strict=True):
             buffer[:, :, begin : self.length] = new
-        return self._buffers[0][:, :, : self.length], self._buffers[1][:, :, : self.length]
+        stored_key, stored_value = (buffer[:, :, : self.length] for buffer in self._buffers)
+        return stored_key, stored_value
 
     def clear(self) -> None:
         """Forget the contents, keep the buffers."""
@@ -46,10 +46,10 @@ class KVCache:
 
 
 def kept_indices(batch: int, length: int, p: float, device: torch.device) -> Tensor:
-    """Which of ``length`` prefix positions survive prefix dropout: int64 (batch, length - int(length * p)), ascending.
+    """The prefix positions that survive prefix dropout: int64 (batch, length - int(length * p)), ascending.
 
-    Each example keeps its own uniformly random subset of exactly that size (Perceiver AR, appendix on cross-attend
-    dropout). The draw is that of perceiver-ar-pytorch, so the same torch seed keeps the same positions.
+    Each example keeps its own uniformly random subset of exactly that size (Perceiver AR's cross-attend
+    dropout). The draw is that of perceiver-ar-pytorch: the same torch seed keeps the same positions.
     """
     keep = length - int(length * p)
     return torch.rand(batch, length, device=device).topk(keep, dim=-1).indices.sort(dim=-1).values
@@ -58,22 +58,22 @@ def kept_indices(batch: int, length: int, p: float, device: torch.device) -> Ten
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
     """Rows ``indices`` (B, K) of each example of ``x`` (B, N, ...): (B, K, ...)."""
     batch, length = x.shape[:2]
-    # Whole rows from a flat view: a quarter of the time of x[examples, indices], whose backward is serial on a CPU.
+    # Whole rows of a flat view: a quarter of the time of x[examples, indices], whose CPU backward is serial.
     flat = indices + torch.arange(batch, device=indices.device).unsqueeze(-1) * length
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, indices.shape)
 
 
 class CrossAttention(nn.Module):
-    """Causal cross-attention from prefix and latents onto the latents (Perceiver AR, Hawthorne et al. 2022, section 2).
+    """Causal cross-attention from prefix and latents onto the latents (Perceiver AR, arXiv 2202.07765).
 
-    ``layer(latents, prefix)`` is attention over ``concat(prefix, latents)``, right-aligned. Keys and values of prefix and
-    latents go through one norm, as in the paper, so a position keeps its key and value when it turns from latent to
-    prefix and a cache of them stays exact.
+    ``layer(latents, prefix)`` is attention over ``concat(prefix, latents)``, right-aligned. Keys and values
+    of prefix and latents go through one norm, as in the paper, so a position keeps its key and value when it
+    turns from latent to prefix and a cache of them stays exact.
 
     Args:
         dim: channels of latents and prefix.
         num_heads: query heads.
-        num_kv_heads: key and value heads; divides ``num_heads`` (grouped-query attention). None: ``num_heads``.
+        num_kv_heads: key and value heads, a divisor of ``num_heads`` (grouped-query). None: ``num_heads``.
         head_dim: channels of a query or key head. None: ``dim // num_heads``.
         value_dim: channels of a value head. None: ``head_dim``.
         bias: whether the four projections have one.
@@ -83,8 +83,8 @@ class CrossAttention(nn.Module):
         scale, softcap, backend: as in :func:`perceiver_kernels.perceiver_attention`.
         dropout: dropout probability of the attention weights, in training.
         prefix_dropout: share of the prefix left out in training. Each example keeps exactly
-            ``P - int(P * prefix_dropout)`` random prefix positions, gathered before norm and projection: the layer's cost
-            falls with what is dropped.
+            ``P - int(P * prefix_dropout)`` random prefix positions, gathered before norm and projection: the
+            layer's cost falls with what is dropped.
 
     Raises:
         ValueError: for sizes below 1, heads that do not divide, shares outside their range.
@@ -114,7 +114,13 @@ class CrossAttention(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}: give head_dim")
         head_dim = dim // max(num_heads, 1) if head_dim is None else head_dim
         value_dim = head_dim if value_dim is None else value_dim
-        sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        sizes = {
+            "dim": dim,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -142,7 +148,8 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(num_heads * value_dim, dim, bias=bias)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, rotary_dim={self.rotary_dim}"
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+        return f"dim={self.dim}, {heads}, rotary_dim={self.rotary_dim}"
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """cos and sin (..., rotary_dim / 2) of this layer's rotary embedding, for data of ``dtype``."""
@@ -164,9 +171,10 @@ class CrossAttention(nn.Module):
 
         Args:
             latents: (B, M, dim), the queries.
-            inputs: (B, n, dim), the keys and values. With ``cache`` they are appended to it, and the N keys are all that
-                the cache then holds; without, N = n.
-            rotary: cos and sin, (L, R) or (B, L, R) with L at least M and n: the last rows belong to the last position.
+            inputs: (B, n, dim), the keys and values. With ``cache`` they are appended to it, and the N keys
+                are all that the cache then holds; without, N = n.
+            rotary: cos and sin, (L, R) or (B, L, R) with L at least M and n: the last rows belong to the
+                last position.
             key_mask: bool (B, N), True = may be attended.
             cache: where to keep keys and values between calls.
 
@@ -212,7 +220,8 @@ class CrossAttention(nn.Module):
         latents = torch.arange(prefix, total, device=inputs.device).expand(batch, -1)
         kept = torch.cat((kept_indices(batch, prefix, self.prefix_dropout, inputs.device), latents), dim=1)
         cos, sin = (gather_rows(t.expand(batch, *t.shape[-2:]), kept) for t in rotary)
-        return gather_rows(inputs, kept), (cos, sin), None if key_mask is None else gather_rows(key_mask, kept)
+        key_mask = None if key_mask is None else gather_rows(key_mask, kept)
+        return gather_rows(inputs, kept), (cos, sin), key_mask
 
     def forward(
         self,
@@ -230,8 +239,8 @@ class CrossAttention(nn.Module):
             prefix: (B, N - M, dim), what stands before the latents; None for nothing.
             key_mask: bool (B, N) over prefix and latents, True = may be attended.
             positions: (N,) or (B, N), for the rotary embedding. None: 0 ... N - 1.
-            rotary: cos and sin, each (N, R) or (B, N, R) with one value for each pair of channels, from any formula;
-                instead of ``positions``.
+            rotary: cos and sin, each (N, R) or (B, N, R) with one value for each pair of channels, from any
+                formula; instead of ``positions``.
 
         Returns:
             (B, M, dim), to be added to the latents.
@@ -241,11 +250,15 @@ class CrossAttention(nn.Module):
         inputs = latents
         if prefix is not None:
             if prefix.dim() != 3 or prefix.shape[0] != latents.shape[0] or prefix.shape[-1] != self.dim:
-                raise ValueError(f"prefix must be ({latents.shape[0]}, N - M, {self.dim}), got {tuple(prefix.shape)}")
+                raise ValueError(
+                    f"prefix must be ({latents.shape[0]}, N - M, {self.dim}), got {tuple(prefix.shape)}"
+                )
             inputs = torch.cat((prefix, latents), dim=1)
         batch, total = inputs.shape[:2]
         if key_mask is not None and key_mask.shape != (batch, total):
-            raise ValueError(f"key_mask must be ({batch}, {total}), prefix and latents, got {tuple(key_mask.shape)}")
+            raise ValueError(
+                f"key_mask must be ({batch}, {total}), prefix and latents, got {tuple(key_mask.shape)}"
+            )
         if rotary is None:
             positions = torch.arange(total, device=inputs.device) if positions is None else positions
             rotary = self.rotary(positions, inputs.dtype)
@@ -261,7 +274,7 @@ class CrossAttention(nn.Module):
 
 
 class SelfAttention(CrossAttention):
-    """Causal self-attention over the latents: :class:`CrossAttention` without a prefix; one norm serves q, k and v."""
+    """Causal self-attention over the latents: :class:`CrossAttention` without a prefix and with one norm."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
@@ -275,7 +288,7 @@ class SelfAttention(CrossAttention):
 
 
 class FeedForward(nn.Sequential):
-    """Pre-norm two-layer perceptron: LayerNorm, Linear to ``mult * dim``, GELU, Dropout, Linear. (..., dim) to (..., dim)."""
+    """LayerNorm, Linear to ``mult * dim``, GELU, Dropout, Linear: (..., dim) to (..., dim)."""
 
     def __init__(self, dim: int, *, mult: float = 4.0, dropout: float = 0.0, bias: bool = False) -> None:
         hidden = int(dim * mult)

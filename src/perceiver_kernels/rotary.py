@@ -21,7 +21,7 @@ LAYOUTS: tuple[str, ...] = get_args(RotaryLayout)
 
 
 def right_aligned_positions(length: int, total: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Positions of the last ``length`` of ``total`` inputs: int64 (length,), ``total - length ... total - 1``."""
+    """Positions of the last ``length`` of ``total`` inputs: int64 (length,), the last is ``total - 1``."""
     if not 0 <= length <= total:
         raise ValueError(f"length must lie between 0 and total, got length {length} and total {total}")
     return torch.arange(total - length, total, device=device)
@@ -30,8 +30,8 @@ def right_aligned_positions(length: int, total: int, *, device: torch.device | s
 def positions_from_padding(pad_mask: Tensor) -> Tensor:
     """Positions that count real inputs only: bool (B, N), True = padding, to int64 (B, N).
 
-    The first real input of each example is at 0, however much padding stands on its left. Padding takes the position
-    of the real input before it (0 where there is none).
+    The first real input of each example is at 0, however much padding stands on its left. Padding takes the
+    position of the real input before it (0 where there is none).
     """
     return ((~pad_mask).cumsum(dim=-1) - 1).clamp(min=0)
 
@@ -61,13 +61,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: RotaryLayout = 
     """Turn the first ``2 R`` channels of every head; the others pass through.
 
     Args:
-        x: (B, L, H, D), any strides, any floating dtype; computed in the wider of its dtype and that of ``cos``.
-        cos, sin: (L, R) or (B, L, R), one value for each pair of channels, 2 R <= D. They may come from any formula.
+        x: (B, L, H, D), any strides, any floating dtype; computed in the wider of its dtype and cos's.
+        cos, sin: (L, R) or (B, L, R), one value for each pair of channels, 2 R <= D, from any formula.
         layout: how channels pair up, see the module.
 
     Returns:
-        (B, L, H, D), contiguous (``x`` itself where R is 0), dtype of ``x``. Differentiable in all three; keeps no copy of ``x`` for the backward
-        unless ``cos`` or ``sin`` needs a gradient.
+        (B, L, H, D), contiguous (``x`` itself where R is 0), dtype of ``x``. Differentiable in all three;
+        keeps no copy of ``x`` for the backward unless ``cos`` or ``sin`` needs a gradient.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -78,12 +78,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: RotaryLayout = 
         raise ValueError(f"cos has {pairs} pairs of channels, which is more than the head dim {dim} holds")
     if cos.shape[:-1] not in (x.shape[1:2], x.shape[:2]):
         raise ValueError(
-            f"cos must be ({x.shape[1]}, R) or ({x.shape[0]}, {x.shape[1]}, R) for x {tuple(x.shape)}, got {tuple(cos.shape)}"
+            f"cos must be ({x.shape[1]}, R) or ({x.shape[0]}, {x.shape[1]}, R) for x {tuple(x.shape)}, "
+            f"got {tuple(cos.shape)}"
         )
     if pairs == 0:
         return x
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    # split and unbind, not slices: their backward is one concatenation instead of a zero-filled copy for each slice.
+    # split and unbind, not slices: one concatenation in the backward, not a zero-filled copy for each slice.
     if layout == "half":
         a, b, rest = x.split([pairs, pairs, dim - 2 * pairs], dim=-1)
     else:

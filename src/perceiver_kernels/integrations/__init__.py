@@ -1,1 +1,1 @@
-"""The op inside other people's models. Each module needs the package it is named after, so import it by name."""
+"""The op inside other people's models; each module needs the package that it is named after."""

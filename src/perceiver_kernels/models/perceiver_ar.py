@@ -1,7 +1,7 @@
 """Perceiver AR (Hawthorne et al. 2022, arXiv 2202.07765): long context, short latents.
 
-The last M positions of the input are the latents. One causal cross-attention reads all N inputs into them, then ``depth``
-causal self-attention layers work on the M latents alone: context costs N M, depth costs M^2.
+The last M positions of the input are the latents. One causal cross-attention reads all N inputs into them,
+then ``depth`` causal self-attention layers work on the M latents alone: context costs N M, depth costs M^2.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class PerceiverARConfig:
         num_kv_heads: key and value heads, a divisor of ``num_heads``. None: ``num_heads``.
         head_dim: channels of a head. None: ``dim // num_heads``.
         ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
-        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that starts at the
-            sinusoids) or ``"none"``.
+        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that
+            starts at the sinusoids) or ``"none"``.
         position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: ``max_seq_len``.
-        rotary_fraction, rotary_layout, rotary_base: rotary embedding, see :class:`perceiver_kernels.CrossAttention`.
+        rotary_fraction, rotary_layout, rotary_base: rotary embedding, see
+            :class:`perceiver_kernels.CrossAttention`.
         prefix_dropout: share of the prefix that the cross-attention leaves out in training.
         dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
         attention_dropout: dropout of the attention weights.
@@ -80,23 +81,26 @@ class PerceiverARConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        least = {"depth": 0}
-        for name in ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents", "num_kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if value is None and name in ("num_kv_heads", "head_dim"):
-                continue
+        sizes = ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents")
+        optional = [name for name in ("num_kv_heads", "head_dim") if getattr(self, name) is not None]
+        for name in (*sizes, *optional):
+            value, least = getattr(self, name), 0 if name == "depth" else 1
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least.get(name, 1):
-                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.num_latents > self.max_seq_len:
             raise ValueError(f"num_latents is {self.num_latents}, more than max_seq_len {self.max_seq_len}")
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads {self.num_heads}")
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads {self.num_heads}"
+            )
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
         if self.positions not in get_args(PositionKind):
-            raise ValueError(f"positions must be one of {', '.join(get_args(PositionKind))}, got {self.positions!r}")
+            raise ValueError(
+                f"positions must be one of {', '.join(get_args(PositionKind))}, got {self.positions!r}"
+            )
         if self.positions != "none" and self.dim % 2:
             raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
         if self.rotary_layout not in LAYOUTS:
@@ -141,7 +145,11 @@ class PerceiverAR(nn.Module):
         }
 
         def block(attention: CrossAttention) -> Block:
-            return Block(attention, FeedForward(config.dim, mult=config.ff_mult, dropout=config.dropout), config.dropout)
+            return Block(
+                attention,
+                FeedForward(config.dim, mult=config.ff_mult, dropout=config.dropout),
+                config.dropout,
+            )
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
@@ -161,8 +169,8 @@ class PerceiverAR(nn.Module):
     def reset_parameters(self) -> None:
         """Draw fresh weights.
 
-        Unit-variance embeddings (next to the sinusoids' 1/2), projections of unit gain, updates scaled down by the number of
-        them so that the residual stream keeps its size, and nearly uniform predictions.
+        Unit-variance embeddings (next to the sinusoids' 1/2), projections of unit gain, updates scaled down
+        by the number of them so that the residual stream keeps its size, and nearly uniform predictions.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -173,7 +181,8 @@ class PerceiverAR(nn.Module):
             for output in (block.attention.out_proj, block.feed_forward[-1]):
                 output.weight.div_(math.sqrt(2 * (1 + self.config.depth)))
         nn.init.normal_(self.token_embedding.weight)
-        # Small logits. A tied output would first of all predict the input token again: the latents still hold its embedding.
+        # Small logits. A tied output would first of all predict the input token again: the latents still
+        # hold its embedding.
         if self.head is None:
             nn.init.constant_(self.norm.weight, 0.1)
         else:
@@ -181,21 +190,25 @@ class PerceiverAR(nn.Module):
         if self.position_embedding is not None:
             self.position_embedding.weight.copy_(self._sinusoids(torch.arange(self.config.max_seq_len)))
 
-    def forward(self, tokens: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None
+    ) -> Tensor:
         """Logits of the token that follows each of the last positions.
 
-        The cross-attention gives each latent position its vector whatever the other latents are; only the self-attention
-        layers see how many there are. So with ``depth=0`` the logits of a position do not depend on ``num_latents``, and
-        otherwise they do: more latents is more compute and more context for the deep layers, without retraining.
+        The cross-attention gives each latent position its vector whatever the other latents are; only the
+        self-attention layers see how many there are. So with ``depth=0`` the logits of a position do not
+        depend on ``num_latents``, and otherwise they do: more latents is more compute and more context for
+        the deep layers, without retraining.
 
         Args:
             tokens: (B, N) int64 or int32, N from 1 to ``max_seq_len``.
             num_latents: M, from 1 to N. None: the configured number, or N where the input is shorter.
-            pad_mask: bool (B, N), True = padding. Padding is never attended to, and positions count real tokens only, so
-                a left-padded example gives the logits of the unpadded one (up to its own number of tokens). The latents are
-                always the last M *columns*: with padding on the right, an example's last columns are padding, whose
-                logits mean nothing (leave them out of the loss), and its real logits are those of its real columns
-                among the last M. Pad on the left where every example's last tokens matter.
+            pad_mask: bool (B, N), True = padding. Padding is never attended to, and positions count real
+                tokens only, so a left-padded example gives the logits of the unpadded one (up to its own
+                number of tokens). The latents are always the last M *columns*: with padding on the right, an
+                example's last columns are padding, whose logits mean nothing (leave them out of the loss),
+                and its real logits are those of its real columns among the last M. Pad on the left where
+                every example's last tokens matter.
 
         Returns:
             (B, M, vocab_size).
@@ -204,7 +217,9 @@ class PerceiverAR(nn.Module):
         if num_latents is None:
             num_latents = min(self.config.num_latents, total)
         if not 1 <= num_latents <= total:
-            raise ValueError(f"num_latents must be from 1 to the {total} positions of the input, got {num_latents}")
+            raise ValueError(
+                f"num_latents must be from 1 to the {total} positions of the input, got {num_latents}"
+            )
         positions = right_aligned_positions(total, total, device=tokens.device)
         key_mask = None
         if pad_mask is not None:
@@ -230,10 +245,11 @@ class PerceiverAR(nn.Module):
         key_mask: Tensor | None = None,
         caches: Sequence[KVCache | None] | None = None,
     ) -> Tensor:
-        """The body of the model: inputs (B, n, dim) into latents (B, M, dim), through all layers, before the last norm.
+        """All layers up to the last norm: inputs (B, n, dim) into latents (B, M, dim).
 
-        ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the inputs. ``caches``
-        holds one :class:`KVCache` for the cross-attention and one for each layer: generation's way in.
+        ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the
+        inputs. ``caches`` holds one :class:`KVCache` for the cross-attention and one for each layer:
+        generation's way in.
         """
         cross_cache, *block_caches = [None] * (1 + len(self.blocks)) if caches is None else caches
         rotary = self.cross.attention.rotary(positions, latents.dtype)
@@ -254,7 +270,7 @@ class PerceiverAR(nn.Module):
         return F.linear(latents * self.config.dim**-0.5, self.token_embedding.weight)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """Continue a prompt (B, n) to (B, n + max_new_tokens): :func:`perceiver_kernels.generation.generate`."""
+        """Prompt (B, n) to (B, n + max_new_tokens): :func:`perceiver_kernels.generation.generate`."""
         return generate(self, prompt, max_new_tokens, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -273,7 +289,9 @@ class PerceiverAR(nn.Module):
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         if METADATA_KEY not in metadata:
-            raise ValueError(f"{os.fspath(path)} holds no {METADATA_KEY}: it was not written by PerceiverAR.save")
+            raise ValueError(
+                f"{os.fspath(path)} holds no {METADATA_KEY}: it was not written by PerceiverAR.save"
+            )
         state = safetensors.torch.load_file(path, device=str(device))
         with torch.device("meta"):
             model = cls(PerceiverARConfig(**json.loads(metadata[METADATA_KEY])))
@@ -288,16 +306,20 @@ class PerceiverAR(nn.Module):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
         total = tokens.shape[1]
         if not 1 <= total <= self.config.max_seq_len:
-            raise ValueError(f"tokens must have from 1 to max_seq_len {self.config.max_seq_len} positions, got {total}")
+            raise ValueError(
+                f"tokens must have from 1 to max_seq_len {self.config.max_seq_len} positions, got {total}"
+            )
         if pad_mask is not None:
             if pad_mask.dtype != torch.bool:
                 raise TypeError(f"pad_mask must be bool, got {pad_mask.dtype}")
             if pad_mask.shape != tokens.shape:
-                raise ValueError(f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}")
+                raise ValueError(
+                    f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}"
+                )
         return total
 
     def _sinusoids(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Absolute positions (...) to (..., dim): sines, then cosines (Vaswani et al. 2017), at least float32."""
+        """Positions (...) to (..., dim): sines, then cosines (Vaswani et al. 2017), at least float32."""
         base = self.config.max_seq_len if self.config.position_base is None else self.config.position_base
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = rotary_cos_sin(positions, self.config.dim, base=base, dtype=wide)

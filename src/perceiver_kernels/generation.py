@@ -76,7 +76,8 @@ class RecomputingDecoder:
         """(B, n) tokens and their padding to (B, vocab_size)."""
         total = tokens.shape[1]
         window = total - window_start(total, self.num_latents, self.stride)
-        return self.model(tokens, num_latents=window, pad_mask=pad_mask)[:, -1]
+        logits: Tensor = self.model(tokens, num_latents=window, pad_mask=pad_mask)
+        return logits[:, -1]
 
 
 def sample(

@@ -60,7 +60,7 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
     batch, length = x.shape[:2]
     # Whole rows of a flat view: a quarter of the time of x[examples, indices], whose CPU backward is serial.
     flat = indices + torch.arange(batch, device=indices.device).unsqueeze(-1) * length
-    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, indices.shape)
+    return torch.unflatten(x.flatten(0, 1).index_select(0, flat.flatten()), 0, indices.shape)
 
 
 class CrossAttention(nn.Module):
@@ -201,11 +201,12 @@ class CrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return update
 
     def _heads(self, x: Tensor, heads: int, rotary: Rotary | None) -> Tensor:
         """(B, L, heads * D) to (B, heads, L, D), a transposed view: the op takes its strides as they are."""
-        x = x.unflatten(-1, (heads, -1))
+        x = torch.unflatten(x, -1, (heads, -1))
         if rotary is not None:
             begin = rotary[0].shape[-2] - x.shape[1]
             x = apply_rotary(x, *(t[..., begin:, :] for t in rotary), layout=self.rotary_layout)
@@ -280,7 +281,7 @@ class SelfAttention(CrossAttention):
         super().__init__(dim, num_heads, num_kv_heads, **options)
         self.kv_norm = None
 
-    def forward(self, latents: Tensor, prefix: None = None, **options: Any) -> Tensor:
+    def forward(self, latents: Tensor, prefix: Tensor | None = None, **options: Any) -> Tensor:
         """As :meth:`CrossAttention.forward`, (B, M, dim) to (B, M, dim)."""
         if prefix is not None:
             raise ValueError("SelfAttention takes no prefix: use CrossAttention")

@@ -86,10 +86,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: RotaryLayout = 
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     # split and unbind, not slices: one concatenation in the backward, not a zero-filled copy for each slice.
     if layout == "half":
-        a, b, rest = x.split([pairs, pairs, dim - 2 * pairs], dim=-1)
+        a, b, rest = torch.split(x, [pairs, pairs, dim - 2 * pairs], dim=-1)
     else:
-        turned, rest = x.split([2 * pairs, dim - 2 * pairs], dim=-1)
-        a, b = turned.unflatten(-1, (pairs, 2)).unbind(-1)
+        turned, rest = torch.split(x, [2 * pairs, dim - 2 * pairs], dim=-1)
+        a, b = torch.unflatten(turned, -1, (pairs, 2)).unbind(-1)
     a, b = (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)
     if layout == "half":
         return torch.cat((a, b, rest), dim=-1)

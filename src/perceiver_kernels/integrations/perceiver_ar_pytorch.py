@@ -29,7 +29,7 @@ from perceiver_kernels.rotary import apply_rotary
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class FusedCausalAttention(CausalAttention):
+class FusedCausalAttention(CausalAttention):  # type: ignore[misc]
     """``CausalAttention`` through the op."""
 
     def forward(self, x: Tensor, rotary_pos_emb: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ class FusedCausalAttention(CausalAttention):
         return _attend(self, x, x, weights, rotary_pos_emb, rotary_pos_emb, None)
 
 
-class FusedCausalPrefixAttention(CausalPrefixAttention):
+class FusedCausalPrefixAttention(CausalPrefixAttention):  # type: ignore[misc]
     """``CausalPrefixAttention`` through the op."""
 
     def forward(
@@ -86,7 +86,7 @@ def _attend(
     # Keys and values come from separate products so that each is dense: halves of one would be copied in the
     # backward.
     query, key, value = (
-        F.linear(t, weight).unflatten(-1, (module.heads, -1))
+        torch.unflatten(F.linear(t, weight), -1, (module.heads, -1))
         for t, weight in zip((x, inputs, inputs), weights, strict=True)
     )
     query, key = _rotate(query, query_angles), _rotate(key, key_angles)
@@ -98,7 +98,8 @@ def _attend(
         scale=module.scale,
         dropout_p=module.dropout.p if module.training else 0.0,
     )
-    return module.to_out(out.transpose(1, 2).flatten(2))
+    update: Tensor = module.to_out(out.transpose(1, 2).flatten(2))
+    return update
 
 
 def _rotate(x: Tensor, angles: Tensor | None) -> Tensor:

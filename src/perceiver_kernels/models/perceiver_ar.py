@@ -126,7 +126,8 @@ class Block(nn.Module):
     def forward(self, latents: Tensor, inputs: Tensor, **options: Any) -> Tensor:
         """(B, M, dim), (B, n, dim) to (B, M, dim); options as in :meth:`CrossAttention.attend`."""
         latents = latents + self.dropout(self.attention.attend(latents, inputs, **options))
-        return latents + self.dropout(self.feed_forward(latents))
+        latents = latents + self.dropout(self.feed_forward(latents))
+        return latents
 
 
 class PerceiverAR(nn.Module):
@@ -230,12 +231,13 @@ class PerceiverAR(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim)."""
-        x = self.token_embedding(tokens)
+        x: Tensor = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         elif self.config.positions == "sinusoidal":
             x = x + self._sinusoids(positions, x.dtype).to(x.dtype)
-        return self.dropout(x)
+        x = self.dropout(x)
+        return x
 
     def read(
         self,
@@ -265,7 +267,7 @@ class PerceiverAR(nn.Module):
         """Latents (B, M, dim) to logits (B, M, vocab_size)."""
         latents = self.norm(latents)
         if self.head is not None:
-            return self.head(latents)
+            return F.linear(latents, self.head.weight)
         # The embedding has unit variance; a projection of unit gain has 1 / dim.
         return F.linear(latents * self.config.dim**-0.5, self.token_embedding.weight)
 

@@ -1,0 +1,39 @@
+"""Perceiver AR attention: few queries over a very long input, bottom-right causal, forward and backward."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from perceiver_kernels.attention import perceiver_attention, perceiver_attention_varlen
+from perceiver_kernels.dispatch import available_backends
+from perceiver_kernels.merge import merge_attention
+
+if TYPE_CHECKING:
+    from perceiver_kernels.layers import CrossAttention
+    from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossAttention",
+    "PerceiverAR",
+    "PerceiverARConfig",
+    "available_backends",
+    "merge_attention",
+    "perceiver_attention",
+    "perceiver_attention_varlen",
+]
+
+_LAZY = {
+    "CrossAttention": "perceiver_kernels.layers",
+    "PerceiverAR": "perceiver_kernels.models",
+    "PerceiverARConfig": "perceiver_kernels.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Layers and models load when first asked for, so that importing the op alone stays cheap."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,55 @@
+"""Choosing a backend: an ordered table, and reasons when none or the named one can't serve."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.backends import cpu, reference, sdpa
+from perceiver_kernels.spec import AttentionSpec, describe
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "sdpa": sdpa, "reference": reference}
+"""Every backend by name; ``backend=None`` takes the first that can serve, in this order."""
+
+
+def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """What can run on ``device`` on this machine.
+
+    Returns: for each backend, in the order in which ``backend=None`` tries them, None if it can run, else the
+    reason why it can't and what to do about it.
+    """
+    return {name: _unavailable(name, str(torch.device(device))) for name in BACKENDS}
+
+
+def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str:
+    """The name of the backend that serves this call.
+
+    Raises ``ValueError`` with every reason when the named backend, or none of them, can.
+    """
+    if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, got {backend!r}")
+    refusals = []
+    for name in BACKENDS if backend is None else (backend,):
+        reasons = _reasons(name, query, key, value, spec)
+        if not reasons:
+            return name
+        refusals += [f"{name}: {reason}" for reason in reasons]
+    call = ", ".join(describe(n, t) for n, t in (("query", query), ("key", key), ("value", value)))
+    subject = "no backend" if backend is None else f"backend {backend!r}"
+    can = "can" if backend is None else "cannot"
+    raise ValueError(f"{subject} {can} serve {call}\n  " + "\n  ".join(refusals))
+
+
+def _reasons(name: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
+    reason = _unavailable(name, str(query.device))
+    return BACKENDS[name].unsupported(query, key, value, spec) if reason is None else [reason]
+
+
+@torch.compiler.assume_constant_result  # a fact about the machine, not a part of the graph
+def _unavailable(name: str, device: str) -> str | None:
+    return BACKENDS[name].unavailable(torch.device(device))

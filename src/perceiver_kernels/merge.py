@@ -1,0 +1,63 @@
+"""Exact merge of attention over disjoint sets of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.spec import DTYPES
+
+
+def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What one call over all keys gives, from calls over disjoint parts of them.
+
+    With ``lse = logsumexp_p lses[p]``, ``out = sum_p exp(lses[p] - lse) * outs[p]`` (Dao et al. 2023, Flash-Decoding).
+    Sums are in lse's precision; plain torch operations, so gradients flow to every part.
+
+    Args:
+        outs: the parts' outputs, each (B, H, M, Dv).
+        lses: the parts' log-sum-exps, each (B, H, M) float32 or float64; -inf where a part saw no key, and a row
+            that no part saw gives out 0 and lse -inf with zero gradients.
+
+    Returns:
+        ``(out, lse)``: (B, H, M, Dv) in the dtype of ``outs``, (B, H, M) in that of ``lses``.
+
+    Raises:
+        TypeError: the arguments are no sequences of floating-point tensors, or of mixed dtypes.
+        ValueError: no parts, unequal numbers of them, or shapes that don't belong together.
+    """
+    outs, lses = tuple(outs), tuple(lses)
+    _check(outs, lses)
+    parts = torch.stack(lses)
+    peak = parts.detach().amax(0)
+    peak = peak.masked_fill(peak == -torch.inf, 0.0)
+    weights = torch.exp(parts - peak)
+    total = weights.sum(0)
+    dead = total == 0.0
+    total = total.masked_fill(dead, 1.0)
+    shares = (weights / total).unsqueeze(-1)
+    out = sum(share * part for share, part in zip(shares.unbind(0), outs, strict=True))
+    lse = (peak + torch.log(total)).masked_fill(dead, -torch.inf)
+    return out.to(outs[0].dtype), lse
+
+
+def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"outs and lses must be equally many, at least 1, got {len(outs)} and {len(lses)}")
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in DTYPES or tensor.dtype != tensors[0].dtype:
+                raise TypeError(f"{name}[{i}] is {tensor.dtype}, but {name}[0] is {tensors[0].dtype}")
+            if tensor.shape != tensors[0].shape:
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(tensor.shape)}, but {name}[0] has {tuple(tensors[0].shape)}"
+                )
+    if outs[0].shape[:-1] != lses[0].shape:
+        raise ValueError(
+            f"lses must have outs' shape without its last dimension, got {tuple(lses[0].shape)} "
+            f"for {tuple(outs[0].shape)}"
+        )

@@ -31,7 +31,7 @@ def test_attention(benchmark: Callable[..., None], case: Case, dtype: str, direc
         candidate = measure.prepare(name, inputs, backward)
     except Unsupported as reason:
         pytest.skip(str(reason))
-    verdict = measure.accuracy(candidate, inputs, backward, measure.sample_reference(inputs, backward))
+    verdict = measure.accuracy(candidate, inputs, measure.sample_reference(inputs, backward))
     if name not in PEERS and not verdict["within_budget"]:
         pytest.skip(f"over its error budget: {verdict}")
     benchmark.group = f"{case.name} {dtype} {direction}"  # type: ignore[attr-defined]

@@ -104,7 +104,7 @@ class Problem:
         self.candidates: list[Candidate] = []
         self.notes: dict[str, dict[str, Any]] = {}
 
-    def admit(self, name: str, verdict: dict[str, Any]) -> None:
+    def admit(self, name: str, reference: measure.Reference) -> None:
         """Prepare and check one candidate; a backend over budget, and whatever can't run, is left out with its reason."""
         kind = "peer" if name in PEERS else "backend"
         note: dict[str, Any] = {**self.head, "candidate": name, "kind": kind}
@@ -115,7 +115,7 @@ class Problem:
             note["skipped"] = str(error)
             return
         note["way"] = candidate.way
-        note |= measure.accuracy(candidate, self.inputs, self.backward, verdict)
+        note |= measure.accuracy(candidate, self.inputs, reference)
         if not note["within_budget"] and kind == "backend":
             note["skipped"] = f"over its error budget in {note['worst_tensor']}: {note['error']:.2g}, budget {note['budget']:.2g}"
             return
@@ -161,7 +161,7 @@ def measure_problem(
 
     At most `repeat` rounds, none started after `limit` seconds; `weighed`: measure peak memory, too.
     """
-    verdict = measure.sample_reference(problem.inputs, problem.backward)
+    reference = measure.sample_reference(problem.inputs, problem.backward)
     label = f"{problem.case.name} {problem.dtype} {problem.direction}"
     memory: dict[str, int | None] = {}
     earlier = list(result["rows"])
@@ -170,7 +170,7 @@ def measure_problem(
             task = bar.add_task(f"{label}: warm-up and check", total=len(names))
             for name in names:
                 bar.update(task, description=f"{label}: warm-up and check of {name}")
-                problem.admit(name, verdict)
+                problem.admit(name, reference)
                 bar.advance(task)
             result["peak_gflops"].setdefault(problem.dtype, fma_peak(problem.dtype))
             bar.reset(task, total=repeat * len(problem.candidates), description=f"{label}: timing")
@@ -195,7 +195,11 @@ def weigh(problem: Problem, candidate: Candidate) -> int | None:
         "way": candidate.way,
         "threads": torch.get_num_threads(),
     }
-    return in_fresh_process(measure.peak_memory, argument)
+    try:
+        return in_fresh_process(measure.peak_memory, argument)
+    except RuntimeError as error:
+        problem.notes[candidate.name]["memory_error"] = str(error)
+        return None
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
@@ -211,7 +215,6 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         for row in group:
             name = row["candidate"] + (f" ({row['way']})" if row.get("way") else "")
             if "median_s" not in row:
-                table.add_row(name, f"[dim]{escape(row.get('skipped', 'not timed'))}[/]")
                 continue
             table.add_row(
                 name,
@@ -225,6 +228,9 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 f"{row['error']:.1e} / {row['budget']:.1e}" if row["within_budget"] else f"[red]{row['error']:.1e} / {row['budget']:.1e}[/]",
             )
         out.print(table)
+        for row in group:
+            if "median_s" not in row:
+                out.print(f"[dim]{row['candidate']} is left out: {escape(row.get('skipped', 'interrupted before it ran'))}[/]")
 
 
 def run(args: argparse.Namespace, result: Result) -> int:

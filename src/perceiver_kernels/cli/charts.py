@@ -52,7 +52,8 @@ def bench_chart(rows: list[dict[str, Any]], path: Path, caption: str) -> None:
         axis.barh(names, rates, color=colors, xerr=spread, error_kw={"ecolor": INK, "elinewidth": 0.8})
         for y, (rate, row) in enumerate(zip(rates, group, strict=True)):
             speedup = "" if row["speedup"] is None else f"  ({row['speedup']:.2f}x)"
-            axis.annotate(f"{rate:,.0f}{speedup}", (rate, y), (6, 0), textcoords="offset points", va="center", size=8)
+            edge = rate + spread[1][y]
+            axis.annotate(f"{rate:,.0f}{speedup}", (edge, y), (6, 0), textcoords="offset points", va="center", size=8)
         limit = group[0]["peak_gflops"]
         if limit is not None:
             axis.axvline(limit, color=INK, linestyle=":", linewidth=1)

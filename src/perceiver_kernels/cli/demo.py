@@ -156,6 +156,6 @@ def run_swap(args: argparse.Namespace, result: Result) -> int:
     return int(logits["relative_error"] > LOGITS_TOLERANCE)
 
 
-BENCHED = (("anchor", "float32", "fwdbwd"),)
+BENCHED = (("train", "float32", "fwdbwd"), ("train", "bfloat16", "fwd"), ("long", "float32", "fwd"), ("decode", "float32", "fwd"))
 LOGITS_TOLERANCE = 1e-4  # float32, through three layers: rounding alone gives about 1e-6
 RUNNERS = {"verify": run_verify, "bench": run_bench, "train": run_train, "swap": run_swap}

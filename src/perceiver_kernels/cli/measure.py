@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels.cli.memory import peak_growth
-from perceiver_kernels.spec import AttentionSpec, make_spec
+from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 from perceiver_kernels.testing.peers import PEERS, Attend, Unsupported
@@ -23,6 +24,8 @@ from perceiver_kernels.testing.peers import PEERS, Attend, Unsupported
 SHORTEST_SAMPLE = 5e-3  # seconds; a sample repeats its call until it lasts about that long
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PASSES = ("fwd", "fwdbwd")
+
+Reference = dict[str, tuple[Tensor, float]]
 
 
 @dataclass
@@ -34,14 +37,6 @@ class Candidate:
     way: str = ""  # which of a peer's variants was fastest
     loops: int = 1  # calls per sample
     samples: list[float] = field(default_factory=list)  # seconds per call, one entry per round
-
-
-def spec_of(inputs: Inputs) -> AttentionSpec:
-    """The canonical form of `inputs`, for peers and for counting."""
-    options: dict[str, Any] = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap", "dropout_seed"))
-    options |= {"is_causal": True, "dropout_p": 0.0} | inputs.kwargs
-    options.pop("return_lse", None)
-    return make_spec(inputs.query, inputs.key, inputs.value, **options)
 
 
 def runner(attend: Attend, inputs: Inputs, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
@@ -65,7 +60,7 @@ def runner(attend: Attend, inputs: Inputs, backward: bool) -> Callable[[], tuple
 def ways(name: str, inputs: Inputs, backward: bool) -> dict[str, Attend]:
     """Every way in which backend or peer `name` can compute `inputs`. Unsupported, ValueError: it can't."""
     if name in PEERS:
-        return PEERS[name](inputs.query, inputs.key, inputs.value, spec_of(inputs), backward)
+        return PEERS[name](inputs.query, inputs.key, inputs.value, inputs.spec(), backward)
     return {"": lambda q, k, v: pk.perceiver_attention(q, k, v, **inputs.kwargs, backend=name)}
 
 
@@ -108,9 +103,37 @@ def rounds(candidates: Sequence[Candidate], repeat: int, limit: float) -> Iterat
             yield
 
 
+def sample(inputs: Inputs) -> Inputs:
+    """The first example's first key head with its query heads: a whole problem of its own, cheap to do in float64."""
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    kwargs = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.kwargs.items()}
+    query, dout, dlse = (None if x is None else x[:1, :group] for x in (inputs.query, inputs.dout, inputs.dlse))
+    key, value = inputs.key[:1, :1], inputs.value[:1, :1]
+    return replace(inputs, query=query, key=key, value=value, dout=dout, dlse=dlse, kwargs=kwargs)
+
+
+def sample_reference(inputs: Inputs, backward: bool) -> Reference:
+    """What a candidate's sample is compared with: for each tensor its float64 value and its error budget."""
+    part = replace(sample(inputs), dlse=None)  # peers have no lse, so none enters the gradients
+    want, plain = reference64(part), math_reference(part)
+    names = ("out", "dq", "dk", "dv") if backward else ("out",)
+    return {name: (want[name], budget(plain[name], want[name], inputs.query.dtype)) for name in names}
+
+
+def accuracy(candidate: Candidate, inputs: Inputs, reference: Reference) -> dict[str, Any]:
+    """The tensor of the candidate's sample that is closest to its budget, or furthest over it."""
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    heads = {"out": group, "dq": group, "dk": 1, "dv": 1}
+    rows = []
+    for (name, (want, allowed)), got in zip(reference.items(), candidate.call(), strict=True):
+        rows.append((relative_error(got[:1, : heads[name]], want), allowed, name))
+    error, allowed, name = max(rows, key=lambda row: row[0] / row[1] if row[0] == row[0] else float("inf"))
+    return {"error": error, "budget": allowed, "worst_tensor": name, "within_budget": error <= allowed}
+
+
 def visible_pairs(inputs: Inputs) -> int:
     """(query, key) pairs that the visibility rule leaves, over all examples and query heads."""
-    spec, (batch, heads, queries, _), keys = spec_of(inputs), inputs.query.shape, inputs.key.shape[2]
+    spec, (batch, heads, queries, _), keys = inputs.spec(), inputs.query.shape, inputs.key.shape[2]
     last = torch.full((batch, queries), keys, dtype=torch.int64)  # each query sees keys [0, last)
     if spec.is_causal:
         offsets = torch.tensor([spec.q_offset] * batch) if spec.q_offsets is None else spec.q_offsets.cpu()

@@ -1,7 +1,8 @@
 """Builds the compiled libraries with CMake and Ninja; everything else is in pyproject.toml.
 
 Without a working compiler the package installs all the same: the pure PyTorch backends need none.
-PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out; CI makes warnings errors.
+PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out; CI makes warnings errors;
+PERCEIVER_KERNELS_EMULATED_SET adds kernels that run the AVX-512 code paths, slowly, on any processor, for tests.
 """
 
 import os
@@ -20,6 +21,10 @@ MODES = ("auto", "require", "skip")
 def version() -> str:
     text = (ROOT / "src" / "perceiver_kernels" / "_version.py").read_text(encoding="utf-8")
     return re.search(r'__version__ = "(.+)"', text)[1]
+
+
+def _switch(variable: str) -> str:
+    return "ON" if os.environ.get(variable) else "OFF"
 
 
 class CMakeBuild(build_ext):
@@ -55,7 +60,8 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": Path(torch.__file__).parent,
             "PERCEIVER_KERNELS_VERSION": version(),
-            "PERCEIVER_KERNELS_WERROR": "ON" if os.environ.get("CI") else "OFF",
+            "PERCEIVER_KERNELS_EMULATED_SET": _switch("PERCEIVER_KERNELS_EMULATED_SET"),
+            "PERCEIVER_KERNELS_WERROR": _switch("CI"),
         }
         flags = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags])

@@ -33,7 +33,7 @@ struct BFloat16Pairs {
   }
 };
 
-#if defined(__AVX512BF16__) || defined(PK_EMULATE_BFLOAT16_PAIRS)
+#if defined(__AVX512BF16__) || defined(PK_EMULATE_AVX512_BF16)
 using BFloat16Mode = BFloat16Pairs;
 #else
 using BFloat16Mode = Plain<float>;  // converted in the packing
@@ -64,26 +64,24 @@ inline void multiply_tile(const Product<Mode>& p, int64_t row) {
   Vec<Acc> acc[kRows][kVectors] = {};
   const Operand* a = p.a + row * p.a_row;
   const Operand* b = p.b;
+  const int64_t a_row = p.a_row;
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {
     Vec<Operand> bs[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) bs[v] = load(b + v * kStep);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v)
-        acc[r][v] = Mode::multiply_add(splat(a[r * p.a_row]), bs[v], acc[r][v]);
+    unrolled<kVectors>([&](auto v) { bs[v] = load(b + v * kStep); });
+    unrolled<kRows>([&](auto r) {
+      const Vec<Operand> ar = splat(a[r * a_row]);
+      unrolled<kVectors>([&](auto v) { acc[r][v] = Mode::multiply_add(ar, bs[v], acc[r][v]); });
+    });
   }
   Acc* c = p.c + row * p.c_row;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
+  unrolled<kRows>([&](auto r) {
+    unrolled<kVectors>([&](auto v) {
       Acc* to = c + r * p.c_row + v * kStep;
       if constexpr (kUpdate == Update::kAdd) acc[r][v] += load(to);
       if constexpr (kUpdate == Update::kRescale) acc[r][v] += load(to) * load(p.column_scale + v * kStep);
       store(to, acc[r][v]);
-    }
+    });
+  });
 }
 
 // `columns`: a multiple of the vector width, at most one panel.

@@ -13,6 +13,9 @@ namespace pk::cpu {
   const Kernels* kernels(DType);     \
   extern const Internals kInternals; \
   }
+#ifdef PK_HAS_EMULATED_SET
+PK_DECLARE(emulated)
+#endif
 PK_DECLARE(baseline)
 #ifdef PK_HAS_X86_SETS
 PK_DECLARE(avx2)
@@ -33,6 +36,9 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #endif
 
 extern const InstructionSet kInstructionSets[] = {
+#ifdef PK_HAS_EMULATED_SET
+    {"emulated", [] { return true; }, emulated::kernels, &emulated::kInternals},
+#endif
     {"baseline", [] { return true; }, baseline::kernels, &baseline::kInternals},
 #ifdef PK_HAS_X86_SETS
     {"avx2", has_avx2, avx2::kernels, &avx2::kInternals},

@@ -13,7 +13,7 @@ namespace pk::cpu::PK_ISA {
 
 // kPanel vectors side by side and kTileRows rows fill the register file with accumulators.
 constexpr int kTileRows = 6;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(PK_EMULATE_AVX512_BF16)
 constexpr int kVectorBytes = 64, kPanelVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kPanelVectors = 2;
@@ -21,6 +21,9 @@ constexpr int kVectorBytes = 32, kPanelVectors = 2;
 constexpr int kVectorBytes = 16, kPanelVectors = 4;
 #else
 constexpr int kVectorBytes = 16, kPanelVectors = 2;
+#endif
+#if defined(__F16C__) && !defined(PK_EMULATE_AVX512_BF16)
+#define PK_HAS_F16C
 #endif
 
 template <class T>
@@ -81,7 +84,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-#if !defined(__AVX512F__) && !defined(__F16C__)
+#if !defined(__AVX512F__) && !defined(PK_HAS_F16C)
 inline float to_float(Float16 x) {
   // Shift the mantissa into place and let one multiplication fix the exponent, subnormals included.
   uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
@@ -119,7 +122,7 @@ inline Vec<float> load_as(const BFloat16* p) {
 inline Vec<float> load_as(const Float16* p) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
+#elif defined(PK_HAS_F16C)
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   Vec<float> v;
@@ -156,7 +159,7 @@ inline void store_as(BFloat16* p, Vec<float> v) {
 inline void store_as(Float16* p, Vec<float> v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(PK_HAS_F16C)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int lane = 0; lane < kLanes<float>; ++lane) from_float(v[lane], p + lane);
@@ -175,7 +178,18 @@ inline void store_as(T* p, V v, int64_t count) {
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
+  constexpr operator int() const { return kValue; }
 };
+
+// body(Constant<0>{}), body(Constant<1>{}), ... Arrays indexed like this live in registers; GCC unrolls
+// ordinary loops too late for that.
+template <int kCount, int kFirst = 0, class Body>
+__attribute__((always_inline)) inline void unrolled(Body&& body) {
+  if constexpr (kFirst < kCount) {
+    body(Constant<kFirst>{});
+    unrolled<kCount, kFirst + 1>(body);
+  }
+}
 
 // Calls body with the number of vectors in `columns` as a compile-time constant, 1 to kPanelVectors.
 template <class T, class Body>

@@ -9,6 +9,15 @@ from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
 VOCAB = 19
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Thousands of tiny steps: waiting for a second thread would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=["sinusoidal", "learned"])
 def model(request):
     torch.manual_seed(0)
@@ -43,23 +52,20 @@ def test_window_rule(num_latents, stride):
     assert set(torch.tensor(starts).diff().tolist()) <= {0, stride}
 
 
-@pytest.mark.parametrize(("num_latents", "stride"), [(8, 4), (8, 1), (8, 8), (5, 3), (1, 1), (50, 20)])
-@pytest.mark.parametrize("first", [1, 6, 30])
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("num_latents", "stride"), [(8, 4), (8, 1), (8, 8), (5, 3), (1, 1), (30, 12)])
+@pytest.mark.parametrize("first", [1, 20])
 @torch.no_grad()
-def test_cached_logits_are_recomputed_logits_at_every_step(model, num_latents, stride, first, ragged):
-    tokens = draw(3, 50)
-    pad_mask = torch.zeros(3, 50, dtype=torch.bool)
-    if ragged:
-        pad_mask[1, : first // 2] = True
-        pad_mask[2, : first - 1] = True
-    cached = CachedDecoder(model, 50, num_latents, stride)
+def test_cached_logits_are_recomputed_logits_at_every_step(model, num_latents, stride, first):
+    """Ragged prompts: no padding, half a prompt of it, and all but one token."""
+    tokens = draw(3, 36)
+    pad_mask = torch.zeros(3, 36, dtype=torch.bool)
+    pad_mask[1, : first // 2] = True
+    pad_mask[2, : first - 1] = True
+    cached = CachedDecoder(model, 36, num_latents, stride)
     recomputed = RecomputingDecoder(model, num_latents, stride)
-    for n in range(first, 51):
-        mask = pad_mask[:, :n] if ragged else None
-        torch.testing.assert_close(
-            cached(tokens[:, :n], mask), recomputed(tokens[:, :n], mask), rtol=1e-10, atol=1e-10
-        )
+    for n in range(first, 37):
+        got, want = (decode(tokens[:, :n], pad_mask[:, :n]) for decode in (cached, recomputed))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Cases, inputs, error budgets and peers: what the tests, ``verify`` and ``bench`` share."""

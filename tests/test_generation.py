@@ -94,8 +94,9 @@ def test_chunks_of_any_size_may_be_added(model):
 @torch.no_grad()
 def test_cache_does_the_work_once(model):
     """One row a step through the key projection, and one latent except where the window moves."""
-    rows, latents = [], []
+    embedded, rows, latents = [], [], []
     hooks = [
+        model.token_embedding.register_forward_pre_hook(lambda m, args: embedded.append(args[0].shape[1])),
         model.cross.attention.k_proj.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[1])),
         model.cross.attention.q_proj.register_forward_pre_hook(
             lambda m, args: latents.append(args[0].shape[1])
@@ -106,6 +107,7 @@ def test_cache_does_the_work_once(model):
         hook.remove()
     assert rows == [20] + [1] * 8
     assert latents == [8, 5, 1, 1, 1, 5, 1, 1, 1]
+    assert embedded == [20, 5, 1, 1, 1, 5, 1, 1, 1]
 
 
 @pytest.mark.parametrize("ragged", [False, True])

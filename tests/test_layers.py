@@ -49,6 +49,14 @@ def plain_attention(layer, latents, inputs, cos, sin, key_mask=None):
     return layer.out_proj(torch.stack(rows).view(batch, num_latents, -1))
 
 
+def perturbed(layer):
+    """Weights that no initialisation gives, so that a norm of the wrong module would show."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer
+
+
 def data(latents=4, prefix=9, batch=2, dtype=torch.float64):
     torch.manual_seed(0)
     return torch.randn(batch, latents, DIM, dtype=dtype), torch.randn(batch, prefix, DIM, dtype=dtype)
@@ -67,7 +75,7 @@ VARIANTS = [
 @pytest.mark.parametrize("prefix_length", [0, 1, 9])
 def test_cross_attention_is_the_formula(options, prefix_length):
     latents, prefix = data(prefix=prefix_length)
-    layer = CrossAttention(DIM, **options).double()
+    layer = perturbed(CrossAttention(DIM, **options).double())
     key_mask = torch.rand(2, prefix_length + 4) < 0.7
     key_mask[:, prefix_length] = True  # every latent sees something
     positions = torch.randint(0, 50, (2, prefix_length + 4))
@@ -84,7 +92,7 @@ def test_cross_attention_is_the_formula(options, prefix_length):
 
 def test_self_attention_is_the_formula():
     latents, _ = data(latents=6)
-    layer = SelfAttention(DIM, 3).double()
+    layer = perturbed(SelfAttention(DIM, 3).double())
     cos, sin = layer.rotary(torch.arange(6), torch.float64)
     torch.testing.assert_close(layer(latents), plain_attention(layer, latents, latents, cos, sin))
     assert not any(name.startswith("kv_norm") for name in layer.state_dict())

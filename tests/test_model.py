@@ -125,6 +125,25 @@ def test_positions_matter_where_there_are_any():
         assert (logits.std(dim=1).max() < 1e-9) == flat
 
 
+@pytest.mark.parametrize("base", [None, 100.0])
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+def test_absolute_positions_are_the_sinusoids(base, kind):
+    """Of float32 accuracy also in bfloat16, where the positions themselves would be wrong from 257 on."""
+    model, positions = (
+        build(positions=kind, position_base=base, max_seq_len=5000),
+        torch.tensor([0, 1, 63, 4999]),
+    )
+    tokens = draw(1, 4)
+    wavelengths = torch.tensor([float(base or 5000.0) ** (-i / 16) for i in range(16)], dtype=torch.float64)
+    angles = positions.double()[:, None] * wavelengths
+    want = torch.cat((angles.sin(), angles.cos()), 1)
+    got = model.embed(tokens, positions) - model.token_embedding(tokens)
+    assert (got - want).abs().max() < (1e-12 if kind == "sinusoidal" else 1e-3)  # the table is float32
+    half = model.bfloat16().embed(tokens, positions)
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - model.token_embedding(tokens).double() - want).abs().max() < 0.03
+
+
 def test_prefix_dropout_in_training():
     model, tokens = build(prefix_dropout=0.5).train(), draw(2, 40)
     rows = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perceiver_kernels.spec import DTYPES
+from perceiver_kernels.spec import check_dtype, dtype_name
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     dead = total == 0.0
     total = total.masked_fill(dead, 1.0)
     shares = (weights / total).unsqueeze(-1)
-    out = sum(share * part for share, part in zip(shares.unbind(0), outs, strict=True))
+    out = (shares * torch.stack(outs)).sum(0)
     lse = (peak + torch.log(total)).masked_fill(dead, -torch.inf)
     return out.to(outs[0].dtype), lse
 
@@ -50,8 +50,10 @@ def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dtype not in DTYPES or tensor.dtype != tensors[0].dtype:
-                raise TypeError(f"{name}[{i}] is {tensor.dtype}, but {name}[0] is {tensors[0].dtype}")
+            check_dtype(f"{name}[{i}]", tensor)
+            if tensor.dtype != tensors[0].dtype:
+                kinds = dtype_name(tensor.dtype), dtype_name(tensors[0].dtype)
+                raise TypeError(f"{name}[{i}] is {kinds[0]}, but {name}[0] is {kinds[1]}")
             if tensor.shape != tensors[0].shape:
                 raise ValueError(
                     f"{name}[{i}] has shape {tuple(tensor.shape)}, but {name}[0] has {tuple(tensors[0].shape)}"

@@ -217,7 +217,19 @@ def dense_problems(spec: AttentionSpec) -> Iterator[DenseProblem]:
 
 def describe(name: str, tensor: Tensor) -> str:
     """``query (1, 8, 1024, 64) float32 on cpu``, as error messages name a tensor."""
-    return f"{name} {tuple(tensor.shape)} {_dtype_name(tensor.dtype)} on {tensor.device}"
+    return f"{name} {tuple(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}"
+
+
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
+    """``float32``, without the ``torch.`` in front."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` unless the tensor has one of ``DTYPES``."""
+    if tensor.dtype not in DTYPES:
+        expected = ", ".join(dtype_name(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {expected}, got {dtype_name(tensor.dtype)}")
 
 
 # The checks. Each names the argument, what was expected and what came.
@@ -235,16 +247,14 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "a nested tensor" if tensor.is_nested else _dtype_name(tensor.layout)
+            kind = "a nested tensor" if tensor.is_nested else dtype_name(tensor.layout)
             raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-        if tensor.dtype not in DTYPES:
-            expected = ", ".join(_dtype_name(dtype) for dtype in DTYPES)
-            raise TypeError(f"{name} must have one of the dtypes {expected}, got {_dtype_name(tensor.dtype)}")
+        check_dtype(name, tensor)
         if tensor.dim() != (3 if packed else 4):
             raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} is {_dtype_name(tensor.dtype)}, but query is {_dtype_name(query.dtype)}")
+            raise TypeError(f"{name} is {dtype_name(tensor.dtype)}, but query is {dtype_name(query.dtype)}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
         if not packed and tensor.shape[0] != query.shape[0]:
@@ -285,7 +295,7 @@ def _check_cu_seqlens(name: str, tensor: Any, query: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {_dtype_name(tensor.dtype)}")
+        raise TypeError(f"{name} must be int32 or int64, got {dtype_name(tensor.dtype)}")
     if tensor.dim() != 1 or tensor.shape[0] < 1:
         raise ValueError(f"{name} must have shape (B + 1,), got {tuple(tensor.shape)}")
     if tensor.device != query.device:
@@ -300,7 +310,7 @@ def _check_tensor_option(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         expected = "bool" if dtypes == (torch.bool,) else "an integer dtype"
-        raise TypeError(f"{name} must be {expected}, got {_dtype_name(tensor.dtype)}")
+        raise TypeError(f"{name} must be {expected}, got {dtype_name(tensor.dtype)}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != query.device:
@@ -342,7 +352,3 @@ def _seed_tensor(seed: int | None, device: torch.device) -> Tensor:
 
 def _power(bound: int) -> str:
     return {MAX_OFFSET: "2**48", -MAX_OFFSET: "-2**48", 2**63 - 1: "2**63 - 1", -(2**63): "-2**63"}[bound]
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,19 +15,6 @@ from perceiver_kernels.testing.inputs import Inputs
 
 FACTOR = 1.5
 _SCORES = 2**22  # how many scores the float64 reference takes at a time
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of one run: its relative L2 error against float64 and what it may be."""
-
-    tensor: str
-    error: float
-    budget: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.budget  # NaN is not ok
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -50,16 +37,6 @@ def budget(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     floor = torch.finfo(plain.dtype).eps / 2 + 16 * torch.finfo(accumulator).eps
     return max(FACTOR * relative_error(plain, want), floor)
-
-
-def check(inputs: Inputs, got: dict[str, Tensor]) -> list[Row]:
-    """Each of ``got`` (out, lse, dq, dk, dv, as many as there are) against float64 and its budget."""
-    want, plain = reference64(inputs), math_reference(inputs)
-    dtype = inputs.query.dtype
-    return [
-        Row(name, relative_error(tensor, want[name]), budget(plain[name], want[name], dtype))
-        for name, tensor in got.items()
-    ]
 
 
 def math_reference(inputs: Inputs) -> dict[str, Tensor]:

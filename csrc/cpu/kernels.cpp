@@ -15,7 +15,7 @@ template <class Mode, class T>
 struct Table {
   using Acc = typename Mode::Acc;
 
-  static bool decodes(int64_t rows) { return rows <= kDecodeRows; }
+  static bool decodes(int64_t rows) { return rows <= kDecodeRows && rows <= kPanel<Acc>; }
   static int64_t slot_bytes(const Attention& p, int64_t rows) {
     return slot_elements<Acc>(p, rows) * static_cast<int64_t>(sizeof(Acc));
   }

@@ -1,0 +1,89 @@
+"""What only the CPU kernels promise: every instruction set, bounded memory, 64-bit addresses, safe direct calls."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_native import usable_sets
+
+import perceiver_kernels as pk
+from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
+from perceiver_kernels.testing.cases import CASES
+from perceiver_kernels.testing.inputs import make_inputs
+
+if pk.available_backends()["cpu"] is not None:
+    pytest.skip("the package was installed without its compiled kernels", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_keeps_the_contract(dtype, monkeypatch):
+    for case in CASES:
+        inputs = make_inputs(case, dtype)
+        want, plain = reference64(inputs), math_reference(inputs)
+        for isa in usable_sets():
+            monkeypatch.setenv("PERCEIVER_KERNELS_ISA", isa)
+            for name, got in inputs.run("cpu").items():
+                error, allowed = relative_error(got, want[name]), budget(plain[name], want[name], dtype)
+                assert error <= allowed, (isa, case.name, name)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_extra_memory_does_not_grow_with_the_keys(backward):
+    """2,048 queries by 65,536 keys would be 512 MiB of float32 scores; 64 MiB of workspace are allowed."""
+    program = f"""
+import resource, torch, perceiver_kernels as pk
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.set_num_threads(2)
+def run(n):
+    q, k, v = (torch.randn(1, 1, rows, 64).requires_grad_({backward}) for rows in (2048, n, n))
+    before = peak()
+    out = pk.perceiver_attention(q, k, v, backend="cpu")
+    if {backward}:
+        out.sum().backward()
+    return peak() - before - {backward} * 2 * k.numel() * 4
+run(4096)
+print(run(65536))
+"""
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert int(printed) < 64 * 2**20
+
+
+def test_addresses_beyond_two_to_the_31_elements():
+    """Rows of K and V 2^25 elements apart; the memory between them is never touched."""
+    stride, keys, dim = 2**25, 70, 8
+    storage = torch.empty(stride * keys, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    near = torch.randn(2, 1, 1, keys, dim, dtype=torch.bfloat16)
+    far = storage.as_strided((2, 1, 1, keys, dim), (dim, 0, 0, stride, 1))
+    for i in range(2):
+        far[i].copy_(near[i])
+    for queries in (1, 20):
+        query = torch.randn(1, 1, queries, dim, dtype=torch.bfloat16)
+        got = pk.perceiver_attention(query, far[0], far[1], backend="cpu")
+        want = pk.perceiver_attention(query, near[0], near[1], backend="cpu")
+        assert torch.equal(got, want)
+
+
+def test_direct_calls_of_the_kernels_are_checked():
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    out, lse = torch.empty(1, 2, 3, 8), torch.empty(1, 2, 3)
+    options = (None, None, None, None, None, 2, True, 1.0, 0.0, 0.0)
+    call = torch.ops.perceiver_kernels.cpu_forward
+    call(query, key, key, *options, out, lse)
+    for bad in (
+        (query, key, key[:, :, :4], *options, out, lse),
+        (query, key[:, :1], key, *options, out, lse),
+        (query, key, key, *options, out[:, :, :2], lse),
+        (query, key, key, *options, out, lse.double()),
+        (query, key, key.half(), *options, out, lse),
+        (query, key, key, torch.zeros(3, dtype=torch.int64), *options[1:], out, lse),
+        (query, key, key, None, torch.ones(1, 4, dtype=torch.bool), *options[2:], out, lse),
+        (query.mT.contiguous().mT, key, key, *options, out, lse),
+        (query[0], key, key, *options, out, lse),
+        (query.int(), key.int(), key.int(), *options, out, lse),
+    ):
+        with pytest.raises(RuntimeError, match="perceiver_kernels: "):
+            call(*bad)

@@ -26,6 +26,7 @@ $(VENV)/.tools: constraints.txt pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
+	PERCEIVER_KERNELS_BUILD=require PERCEIVER_KERNELS_EMULATED_SET=1 \
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from perceiver_kernels._version import __version__
 from perceiver_kernels.attention import perceiver_attention, perceiver_attention_varlen
 from perceiver_kernels.dispatch import available_backends
 from perceiver_kernels.merge import merge_attention
@@ -13,12 +14,11 @@ if TYPE_CHECKING:
     from perceiver_kernels.layers import CrossAttention
     from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
 
-__version__ = "0.1.0"
-
 __all__ = [
     "CrossAttention",
     "PerceiverAR",
     "PerceiverARConfig",
+    "__version__",
     "available_backends",
     "merge_attention",
     "perceiver_attention",

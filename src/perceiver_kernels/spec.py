@@ -339,7 +339,7 @@ def _check_int(name: str, value: Any, low: int, high: int) -> int:
 def _check_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # false for NaN; math.isfinite does not trace
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 

@@ -11,4 +11,6 @@ from perceiver_kernels.cli.machine import provenance
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Add our provenance to what --benchmark-json writes."""
-    output_json["provenance"] = provenance() | {"command": "python -m pytest " + " ".join(config.invocation_params.args)}
+    output_json["provenance"] = provenance() | {
+        "command": "python -m pytest " + " ".join(config.invocation_params.args)
+    }

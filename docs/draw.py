@@ -1,4 +1,4 @@
-"""Draw docs/visibility.png and docs/perceiver_ar.png: `python docs/draw.py`. The masks come from the package's own rule."""
+"""Draw docs/visibility.png and docs/perceiver_ar.png, masks by the package's own rule."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SEEN, HIDDEN, LATENT, INK, SOFT = "#4393c3", "#f0f0f0", "#d6604d", "#333333", "#
 
 def mask(queries: int, keys: int, **options: object) -> torch.Tensor:
     """Visibility (M, N) of one example, from the reference."""
-    defaults = dict(q_offset=None, key_mask=None, scale=None, softcap=None, dropout_p=0.0, dropout_seed=None)
+    defaults = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap", "dropout_seed"))
     query, key = torch.zeros(1, 1, queries, 1), torch.zeros(1, 1, keys, 1)
-    spec = make_spec(query, key, key, **({"is_causal": True} | defaults | options))  # type: ignore[arg-type]
+    spec = make_spec(query, key, key, **({"is_causal": True, "dropout_p": 0.0} | defaults | options))  # type: ignore[arg-type]
     return visible(spec, queries, keys, query.device)[0]
 
 
@@ -45,9 +45,12 @@ def draw_visibility() -> None:
     panels = [
         (mask(5, 16), "default, q_offset = N - M = 11:\nthe last query sees every key"),
         (mask(5, 16, key_mask=padded), "key_mask: four keys of left padding"),
-        (mask(5, 16, q_offset=6), "q_offset = 6: chunked prefill into a static cache;\nwhat lies behind may be uninitialised"),
-        (mask(5, 16, q_offset=-2), "q_offset = -2: queries 0 and 1 see no key\n(out 0, lse -inf, zero gradients)"),
-    ]  # fmt: skip
+        (
+            mask(5, 16, q_offset=6),
+            "q_offset = 6: chunked prefill into a static\ncache; what lies behind may be uninitialised",
+        ),
+        (mask(5, 16, q_offset=-2), "q_offset = -2: queries 0 and 1 see no key\n(out 0, lse -inf)"),
+    ]
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     for axis, (seen, title) in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
         grid(axis, seen, title)
@@ -55,7 +58,7 @@ def draw_visibility() -> None:
 
 
 def draw_model() -> None:
-    """Perceiver AR in one picture: N inputs, one cross-attention onto M latents, a stack over the latents alone."""
+    """Perceiver AR in one picture: N inputs, one cross-attention onto M latents, a stack over those."""
     figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     axis = figure.subplots()
     axis.set(xlim=(-0.2, 27.5), ylim=(-1.7, 10.2))
@@ -71,21 +74,35 @@ def draw_model() -> None:
     for i in range(latents):
         for j in range(inputs):
             color = SEEN if seen[i, j] else HIDDEN
-            axis.add_patch(Rectangle((left + j, 1.6 + 0.5 * (latents - 1 - i)), 0.86, 0.42, facecolor=color, edgecolor="none"))
+            axis.add_patch(
+                Rectangle(
+                    (left + j, 1.6 + 0.5 * (latents - 1 - i)), 0.86, 0.42, facecolor=color, edgecolor="none"
+                )
+            )
     axis.annotate(
-        "perceiver_attention\nM queries over N keys,\ncausal from the bottom right:\nthe whole cost of long context",
-        (20.7, 2.85), size=10, color=SEEN, va="center", weight="bold",
-    )  # fmt: skip
+        "perceiver_attention\nM queries over N keys,\ncausal from the bottom right:\nthe cost of context",
+        (20.7, 2.85),
+        size=10,
+        color=SEEN,
+        va="center",
+        weight="bold",
+    )
     for layer in range(3):
         y = 4.9 + 1.25 * layer
-        box = FancyBboxPatch((first, y), latents - 0.14, 0.8, boxstyle="round,pad=0.02", facecolor="#f4a582", edgecolor="none")
+        box = FancyBboxPatch(
+            (first, y), latents - 0.14, 0.8, boxstyle="round,pad=0.02", facecolor="#f4a582", edgecolor="none"
+        )
         axis.add_patch(box)
-        axis.annotate("self-attention", (first + latents / 2, y + 0.4), ha="center", va="center", size=8, color=INK)
+        axis.annotate(
+            "self-attention", (first + latents / 2, y + 0.4), ha="center", va="center", size=8, color=INK
+        )
     axis.annotate("deep stack over\nM latents only", (20.7, 6.5), size=10, color=LATENT, va="center")
     for begin, end in ((0.95, 1.5), (4.2, 4.8), (8.3, 8.9)):
         x = first + latents / 2
         axis.add_patch(FancyArrowPatch((x, begin), (x, end), arrowstyle="-|>", mutation_scale=9, color=SOFT))
-    axis.annotate("next-token logits of the last M positions", (first + latents, 9.35), ha="right", size=10, color=INK)
+    axis.annotate(
+        "next-token logits of the last M positions", (first + latents, 9.35), ha="right", size=10, color=INK
+    )
     figure.savefig(HERE / "perceiver_ar.png", dpi=130)
 
 

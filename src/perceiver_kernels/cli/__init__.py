@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
+from typing import Any
 
 from perceiver_kernels import __version__
 from perceiver_kernels.cli import bench, demo, doctor, verify
 from perceiver_kernels.cli.machine import provenance
 from perceiver_kernels.cli.report import CommandError, Result, err, write_json
 
-COMMANDS = {"doctor": doctor, "verify": verify, "bench": bench, "demo": demo}
+COMMANDS: dict[str, Any] = {"doctor": doctor, "verify": verify, "bench": bench, "demo": demo}
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
@@ -23,13 +24,15 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, module in COMMANDS.items():
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, with machine and commit")
+        sub.add_argument(
+            "--json", type=Path, metavar="FILE", help="write everything measured, with machine and commit"
+        )
         module.add_arguments(sub)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns its exit code: 0, 1 (something failed), 2 (bad request) or 130 (interrupted)."""
+    """Run one subcommand. Returns 0, 1 (something failed), 2 (bad request) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     result: Result = {}
@@ -37,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             claim(args.json)
         result.update(provenance(argv))
-        code = COMMANDS[args.command].run(args, result)
+        code: int = COMMANDS[args.command].run(args, result)
     except CommandError as error:
         err.print(f"[red]perceiver-kernels {args.command}:[/] {error}", soft_wrap=True)
         return USAGE_ERROR
     except KeyboardInterrupt:
         result["interrupted"] = True
-        err.print("\n[yellow]interrupted[/]" + (f"; what was measured is in {args.json}" if args.json else ""))
+        err.print(
+            "\n[yellow]interrupted[/]" + (f"; what was measured is in {args.json}" if args.json else "")
+        )
         code = INTERRUPTED
     if args.json:
         write_json(args.json, result)

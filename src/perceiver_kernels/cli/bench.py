@@ -1,8 +1,8 @@
 """Time every usable backend against torch's own ways to compute the same attention, in one interleaved run.
 
 The peers are torch-eager (matmul, softmax, matmul), torch-sdpa (scaled_dot_product_attention with the
-bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention). A backend is timed only if its
-results are within budget first.
+bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention). A backend is timed only if
+its results are within budget first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from perceiver_kernels.testing.inputs import Inputs, make_inputs
 from perceiver_kernels.testing.peers import PEERS, Unsupported
 
 SUMMARY = "microbenchmarks against eager, SDPA and FlexAttention"
-SHAPE_FLAGS = {"batch": "B", "heads": "H", "kv_heads": "Hkv", "queries": "M", "keys": "N", "dim": "D", "value_dim": "Dv"}
+SHAPE_FLAGS = {
+    "batch": "B",
+    "heads": "H",
+    "kv_heads": "Hkv",
+    "queries": "M",
+    "keys": "N",
+    "dim": "D",
+    "value_dim": "Dv",
+}
 PRESETS = {case.name: case for case in BENCH_CASES}
 
 
@@ -42,23 +50,45 @@ def positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The shape, what to run, and how long."""
-    shape = parser.add_argument_group("shape", "named shapes, or one of your own; a flag overrides the named shape's value")
-    shape.add_argument("--case", nargs="+", choices=PRESETS, metavar="NAME", help="one or more of: " + ", ".join(PRESETS))
+    shape = parser.add_argument_group(
+        "shape", "named shapes, or one of your own; a flag overrides the named shape's value"
+    )
+    shape.add_argument(
+        "--case", nargs="+", choices=PRESETS, metavar="NAME", help="one or more of: " + ", ".join(PRESETS)
+    )
     for flag, letter in SHAPE_FLAGS.items():
-        shape.add_argument("--" + flag.replace("_", "-"), type=positive, metavar=letter, help=f"{letter} of the contract")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
-    parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="backends and peers; default: all that can run here")
+        shape.add_argument(
+            "--" + flag.replace("_", "-"), type=positive, metavar=letter, help=f"{letter} of the contract"
+        )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32", "bfloat16"],
+        help="default: float32 bfloat16",
+    )
+    parser.add_argument(
+        "--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both"
+    )
+    parser.add_argument(
+        "--backends", nargs="+", metavar="NAME", help="backends and peers; default: all that can run here"
+    )
     parser.add_argument("--repeat", type=positive, default=11, help="interleaved rounds (default 11)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="start no new round after this long (default 60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="start no new round after this long (default 60)"
+    )
     parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which takes a fresh process each")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="skip peak memory, which takes a fresh process each"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart (PNG)")
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The named cases with the shape flags applied. CommandError for heads that don't divide."""
-    given = {letter: getattr(args, flag) for flag, letter in SHAPE_FLAGS.items() if getattr(args, flag) is not None}
+    given = {
+        letter: getattr(args, flag) for flag, letter in SHAPE_FLAGS.items() if getattr(args, flag) is not None
+    }
     cases = [PRESETS[name] for name in args.case or [BENCH_CASES[0].name]]
     if not given:
         return cases
@@ -88,8 +118,8 @@ def chosen_names(args: argparse.Namespace) -> list[str]:
 
 def shape_text(case: Case) -> str:
     """B1 H8 M1024 N16384 D64, with Hkv and Dv where they differ."""
-    heads = f"H{case.H}" if case.H == case.Hkv else f"H{case.H}/{case.Hkv}"
-    dims = f"D{case.D}" if case.D == case.Dv else f"D{case.D}/{case.Dv}"
+    heads = f"H{case.H}" if case.Hkv == case.H else f"H{case.H}/{case.Hkv}"
+    dims = f"D{case.D}" if case.Dv == case.D else f"D{case.D}/{case.Dv}"
     return f"B{case.B} {heads} M{case.M} N{case.N} {dims}"
 
 
@@ -105,7 +135,7 @@ class Problem:
         self.notes: dict[str, dict[str, Any]] = {}
 
     def admit(self, name: str, reference: measure.Reference) -> None:
-        """Prepare and check one candidate; a backend over budget, and whatever can't run, is left out with its reason."""
+        """Prepare and check one candidate; a backend over budget, or one that can't run, is left out."""
         kind = "peer" if name in PEERS else "backend"
         note: dict[str, Any] = {**self.head, "candidate": name, "kind": kind}
         self.notes[name] = note
@@ -117,7 +147,9 @@ class Problem:
         note["way"] = candidate.way
         note |= measure.accuracy(candidate, self.inputs, reference)
         if not note["within_budget"] and kind == "backend":
-            note["skipped"] = f"over its error budget in {note['worst_tensor']}: {note['error']:.2g}, budget {note['budget']:.2g}"
+            note["skipped"] = (
+                f"{note['worst_tensor']} is over its error budget: {note['error']:.2g} > {note['budget']:.2g}"
+            )
             return
         self.candidates.append(candidate)
 
@@ -150,7 +182,7 @@ class Problem:
 
 
 def fma_peak(dtype: str) -> float | None:
-    """GFLOP/s of a loop of nothing but multiply-adds with as many threads as torch uses; None without the library."""
+    """GFLOP/s of a loop of multiply-adds alone, with torch's number of threads; None without the library."""
     return float(native.fma_peak(dtype, torch.get_num_threads())) if build() and native is not None else None
 
 
@@ -196,7 +228,8 @@ def weigh(problem: Problem, candidate: Candidate) -> int | None:
         "threads": torch.get_num_threads(),
     }
     try:
-        return in_fresh_process(measure.peak_memory, argument)
+        peak: int | None = in_fresh_process(measure.peak_memory, argument)
+        return peak
     except RuntimeError as error:
         problem.notes[candidate.name]["memory_error"] = str(error)
         return None
@@ -210,7 +243,16 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     for (case, shape, dtype, direction), group in groups.items():
         table = Table(title=f"{case}: {shape}, {dtype}, {direction}", title_justify="left")
         table.add_column("candidate")
-        for column in ("median", "quartiles", "GFLOP/s", "of peak", "vs sdpa", "K,V GB/s", "peak MiB", "error/budget"):
+        for column in (
+            "median",
+            "quartiles",
+            "GFLOP/s",
+            "of peak",
+            "vs sdpa",
+            "K,V GB/s",
+            "peak MiB",
+            "error/budget",
+        ):
             table.add_column(column, justify="right")
         for row in group:
             name = row["candidate"] + (f" ({row['way']})" if row.get("way") else "")
@@ -225,12 +267,15 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
                 "-" if row["kv_gb_per_s"] is None else f"{row['kv_gb_per_s']:.1f}",
                 mib(row["peak_extra_bytes"]),
-                f"{row['error']:.1e} / {row['budget']:.1e}" if row["within_budget"] else f"[red]{row['error']:.1e} / {row['budget']:.1e}[/]",
+                f"{row['error']:.1e} / {row['budget']:.1e}"
+                if row["within_budget"]
+                else f"[red]{row['error']:.1e} / {row['budget']:.1e}[/]",
             )
         out.print(table)
         for row in group:
             if "median_s" not in row:
-                out.print(f"[dim]{row['candidate']} is left out: {escape(row.get('skipped', 'interrupted before it ran'))}[/]")
+                why = row.get("skipped", "interrupted before it ran")
+                out.print(f"[dim]{row['candidate']} is left out: {escape(why)}[/]")
 
 
 def run(args: argparse.Namespace, result: Result) -> int:
@@ -242,14 +287,27 @@ def run(args: argparse.Namespace, result: Result) -> int:
         charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show before minutes of measuring
     result["machine"]["threads"] = torch.get_num_threads()
     problems = [(c, d, p) for c in cases for d in args.dtype for p in args.passes]
-    measure_all(problems, names, result, repeat=args.repeat, limit=args.seconds, weighed=not args.no_memory, plot=args.plot)
+    measure_all(
+        problems,
+        names,
+        result,
+        repeat=args.repeat,
+        limit=args.seconds,
+        weighed=not args.no_memory,
+        plot=args.plot,
+    )
     return 0
 
 
 def measure_all(
-    problems: list[tuple[Case, str, str]], names: list[str], result: Result, *, plot: Path | None, **options: Any
+    problems: list[tuple[Case, str, str]],
+    names: list[str],
+    result: Result,
+    *,
+    plot: Path | None,
+    **options: Any,
 ) -> None:
-    """Measure each (case, dtype, pass) into `result`, print the tables and draw the chart, also of a part if interrupted."""
+    """Measure each (case, dtype, pass) into `result`, print and draw them: those so far, if interrupted."""
     result["rows"], result["peak_gflops"] = [], {}
     try:
         for case, dtype, direction in problems:

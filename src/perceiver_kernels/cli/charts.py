@@ -53,12 +53,14 @@ def bench_chart(rows: list[dict[str, Any]], path: Path, caption: str) -> None:
         for y, (rate, row) in enumerate(zip(rates, group, strict=True)):
             speedup = "" if row["speedup"] is None else f"  ({row['speedup']:.2f}x)"
             edge = rate + spread[1][y]
-            axis.annotate(f"{rate:,.0f}{speedup}", (edge, y), (6, 0), textcoords="offset points", va="center", size=8)
+            axis.annotate(
+                f"{rate:,.0f}{speedup}", (edge, y), (6, 0), textcoords="offset points", va="center", size=8
+            )
         limit = group[0]["peak_gflops"]
         if limit is not None:
             axis.axvline(limit, color=INK, linestyle=":", linewidth=1)
             axis.annotate("FMA peak ", (limit, -0.45), ha="right", va="bottom", size=7, color=INK)
-        axis.set_xlim(0, 1.18 * max(rates + [limit or 0.0]))
+        axis.set_xlim(0, 1.18 * max(*rates, limit or 0.0))
         axis.invert_yaxis()
         kind = {"fwd": "forward", "fwdbwd": "forward + backward"}[direction]
         axis.set_title(f"{case}: {group[0]['shape']}\n{dtype}, {kind}", size=9, loc="left")
@@ -74,10 +76,27 @@ def training_chart(points: list[dict[str, Any]], zlib_bits: float, path: Path, c
     figure, (axis,) = canvas(1, 1, (7, 4.2))
     steps = [point for point in points if "train_bits" in point]
     held = [point for point in points if "held_out_bits" in point]
-    axis.plot([p["seconds"] for p in steps], [p["train_bits"] for p in steps], color=PEER, linewidth=0.7, label="training")
     axis.plot(
-        [p["seconds"] for p in held], [p["held_out_bits"] for p in held], "o-", color=OURS, markersize=4, label="held out"
+        [p["seconds"] for p in steps],
+        [p["train_bits"] for p in steps],
+        color=PEER,
+        linewidth=0.7,
+        label="training",
     )
+    axis.plot(
+        [p["seconds"] for p in held],
+        [p["held_out_bits"] for p in held],
+        "o-",
+        color=OURS,
+        markersize=4,
+        label="held out",
+    )
+    longer = next((p["seconds"] for p in points if p["context"] > points[0]["context"]), None)
+    if longer is not None:
+        axis.axvline(longer, color=PEER, linestyle="--", linewidth=0.8)
+        axis.annotate(
+            f" {points[-1]['context']:,} bytes of context from here", (longer, 0.1), size=8, color=INK
+        )
     axis.axhline(zlib_bits, color=INK, linestyle=":", label=f"zlib -9, held out: {zlib_bits:.2f}")
     if held:
         axis.annotate(

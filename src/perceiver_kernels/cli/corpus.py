@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 # Not everywhere installed (test), not the library (site-packages), or tables of numbers rather than programs.
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "ensurepip"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+}
 HELD_OUT_SHARE = 10  # one file in ten
 
 
@@ -39,6 +48,6 @@ def load_corpus() -> tuple[Tensor, Tensor]:
 
 
 def deflate_bits(scored: bytes, context: bytes) -> float:
-    """Bits per byte of `scored` by raw deflate at level 9, with `context` as its dictionary: what a model gets, too."""
+    """Bits per byte of `scored` by raw deflate at level 9, with `context` before it as its dictionary."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, context)
     return 8 * len(packer.compress(scored) + packer.flush()) / len(scored)

@@ -1,4 +1,4 @@
-"""The main job on real input: verify, bench three shapes, train on real text, swap into somebody else's model.
+"""The main job on real input: verify, bench three shapes, train on real text, swap into another model.
 
 The text is Python's own standard library, which every machine has. Everything measured, drawn and trained
 goes to the output folder. Ctrl-C ends it early and keeps what there is.
@@ -34,16 +34,27 @@ PEERS_SHOWN = ["torch-eager", "torch-sdpa"]  # FlexAttention compiles for half a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which parts, how long to train, where to put the results."""
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: demo-output"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all four")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=2.5, help="time to train for (default 2.5)")
     length.add_argument("--steps", type=positive, help="train for this many steps instead")
     parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
     size = parser.add_argument_group("size", "smaller values make a quicker, poorer demo")
-    size.add_argument("--context", type=positive, default=Recipe.context, help="positions the model reads (%(default)s)")
-    size.add_argument("--latents", type=positive, default=Recipe.latents, help="positions it predicts at once (%(default)s)")
-    size.add_argument("--swap-positions", type=positive, default=swap.SHAPE["positions"], help="input of part 4 (%(default)s)")
+    size.add_argument(
+        "--context", type=positive, default=Recipe.context, help="positions the model reads (%(default)s)"
+    )
+    size.add_argument(
+        "--latents", type=positive, default=Recipe.latents, help="positions it predicts at once (%(default)s)"
+    )
+    size.add_argument(
+        "--swap-positions",
+        type=positive,
+        default=swap.SHAPE["positions"],
+        help="input of part 4 (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace, result: Result) -> int:
@@ -89,47 +100,72 @@ def run_bench(args: argparse.Namespace, result: Result) -> int:
 
 def run_train(args: argparse.Namespace, result: Result) -> int:
     """Train, score against zlib, save, draw, and write a continuation."""
-    recipe = Recipe(context=args.context, latents=args.latents, seconds=60 * args.minutes, steps=args.steps)
+    recipe = Recipe(
+        context=args.context,
+        latents=args.latents,
+        short_context=max(args.latents, Recipe.short_context),
+        seconds=60 * args.minutes,
+        steps=args.steps,
+    )
     text, held_text = load_corpus()
     held = HeldOut(held_text, recipe.context, recipe.latents)
     model = recipe.model()
     parameters = sum(p.numel() for p in model.parameters())
     out.print(
-        f"{len(text):,} bytes of Python's standard library to train on, {len(held_text):,} in other files held out; "
-        f"{parameters:,} parameters, {recipe.context:,} bytes of context, {recipe.latents:,} latents"
+        f"{len(text):,} bytes of Python's standard library to train on, {len(held_text):,} held out in other "
+        f"files; {parameters:,} parameters, {recipe.context:,} bytes of context, {recipe.latents:,} latents"
     )
     points: list[dict[str, Any]] = []
-    result |= {"recipe": asdict(recipe), "parameters": parameters, "zlib_bits": held.zlib_bits, "points": points}
+    result |= {
+        "recipe": asdict(recipe),
+        "parameters": parameters,
+        "zlib_bits": held.zlib_bits,
+        "points": points,
+    }
     result |= {"train_bytes": len(text), "held_out_bytes": len(held_text), "scored_bytes": held.scored}
     try:
         with progress() as bar:
             task = bar.add_task("training", total=1000)
-            for point in train(model, text, recipe, lambda: held.bits_per_byte(model, windows=1)):
+            for point in train(
+                model, text, recipe, lambda context: held.bits_per_byte(model, context, windows=2)
+            ):
                 points.append(point)
                 if "held_out_bits" in point:
                     bar.console.print(
-                        f"step {point['step']:5d}  {point['seconds']:6.1f} s  held out {point['held_out_bits']:.3f} bits per byte"
+                        f"step {point['step']:5d}  {point['seconds']:6.1f} s  context {point['context']:5,}  "
+                        f"held out {point['held_out_bits']:.3f} bits per byte"
                     )
                 bar.update(task, completed=int(1000 * point["done"]))
             bar.update(task, description="scoring all held-out windows", total=None)
-            result["held_out_bits"] = held.bits_per_byte(model)
+            result["held_out_bits"] = held.bits_per_byte(model, recipe.context)
+            result["held_out_bits_short_context"] = held.bits_per_byte(model, recipe.context_at(0.0))
     finally:  # also after Ctrl-C: what was learnt is worth keeping
         model.save(args.output / "model.safetensors")
         charts.training_chart(points, held.zlib_bits, args.output / "training.png", caption(result))
     out.print(
-        f"held out, {held.scored:,} bytes: {result['held_out_bits']:.3f} bits per byte; "
-        f"zlib -9 with the same text before it: {held.zlib_bits:.3f}"
+        f"{held.scored:,} held-out bytes, in bits per byte: {result['held_out_bits']:.3f} with "
+        f"{recipe.context:,} bytes of context, {result['held_out_bits_short_context']:.3f} with "
+        f"{recipe.context_at(0.0):,}; zlib -9, given the same text before them: {held.zlib_bits:.3f}"
     )
     prompt, written = continuation(model, held_text, length=min(400, args.context // 4))
-    result["continuation"] = {"prompt_end": prompt[-300:].decode("latin-1"), "written": written.decode("latin-1")}
+    result["continuation"] = {
+        "prompt_end": prompt[-300:].decode("latin-1"),
+        "written": written.decode("latin-1"),
+    }
     shown = Text(prompt[-300:].decode("utf-8", "replace"), style="dim")
     shown.append(written.decode("utf-8", "replace"), style="bold")
-    out.print(Panel(shown, title="held-out prompt (dim, its end) and the model's continuation (bold)", title_align="left"))
+    out.print(
+        Panel(
+            shown,
+            title="held-out prompt (dim, its end) and the model's continuation (bold)",
+            title_align="left",
+        )
+    )
     return 0
 
 
 def run_swap(args: argparse.Namespace, result: Result) -> int:
-    """perceiver-ar-pytorch as published and with the op: equal logits, one training step's time and memory."""
+    """perceiver-ar-pytorch as published and with the op: logits, one training step's time and memory."""
     if importlib.util.find_spec("perceiver_ar_pytorch") is None:
         raise CommandError("the swap needs perceiver-ar-pytorch: pip install 'perceiver-kernels\\[demo]'")
     shape = {**swap.SHAPE, "positions": args.swap_positions}
@@ -145,9 +181,10 @@ def run_swap(args: argparse.Namespace, result: Result) -> int:
             result[name] = {**measured, "median_s": statistics.median(measured["seconds"])}
     before, after, logits = result["before"], result["after"], result["logits"]
     out.print(
-        f"perceiver-ar-pytorch, {shape['positions']:,} positions, {shape['latents']:,} latents, dim {shape['dim']}, "
-        f"depth {shape['depth']}, {shape['heads']} heads\n"
-        f"logits: relative difference {logits['relative_error']:.1e}, same argmax at {logits['same_argmax']:.2%} of positions\n"
+        f"perceiver-ar-pytorch, {shape['positions']:,} positions, {shape['latents']:,} latents, "
+        f"dim {shape['dim']}, depth {shape['depth']}, {shape['heads']} heads\n"
+        f"logits: relative difference {logits['relative_error']:.1e}, "
+        f"same argmax at {logits['same_argmax']:.2%} of positions\n"
         f"one training step: {before['median_s']:.2f} s -> {after['median_s']:.2f} s "
         f"({before['median_s'] / after['median_s']:.2f}x faster)\n"
         f"peak extra memory: {mib(before['peak_bytes'])} MiB -> {mib(after['peak_bytes'])} MiB"
@@ -156,6 +193,11 @@ def run_swap(args: argparse.Namespace, result: Result) -> int:
     return int(logits["relative_error"] > LOGITS_TOLERANCE)
 
 
-BENCHED = (("train", "float32", "fwdbwd"), ("train", "bfloat16", "fwd"), ("long", "float32", "fwd"), ("decode", "float32", "fwd"))
+BENCHED = (
+    ("train", "float32", "fwdbwd"),
+    ("train", "bfloat16", "fwd"),
+    ("long", "float32", "fwd"),
+    ("decode", "float32", "fwd"),
+)
 LOGITS_TOLERANCE = 1e-4  # float32, through three layers: rounding alone gives about 1e-6
 RUNNERS = {"verify": run_verify, "bench": run_bench, "train": run_train, "swap": run_swap}

@@ -40,7 +40,9 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
         )
     override = os.environ.get("PERCEIVER_KERNELS_ISA")
     if override:
-        found.append(f"PERCEIVER_KERNELS_ISA={override} fixes the instruction set: unset it for the fastest one.")
+        found.append(
+            f"PERCEIVER_KERNELS_ISA={override} fixes the instruction set: unset it for the fastest one."
+        )
     if torch.get_num_threads() < machine.cores():
         found.append(
             f"torch uses {torch.get_num_threads()} of {machine.cores()} cores: "
@@ -48,7 +50,9 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
         )
     for module, purpose in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            found.append(f"{module} is missing, which {purpose} need(s): pip install 'perceiver-kernels[demo]'.")
+            found.append(
+                f"{module} is missing, which {purpose} need(s): pip install 'perceiver-kernels[demo]'."
+            )
     if all(reason is not None for reasons in backends.values() for reason in reasons.values()):
         found.append("No backend can run here: reinstall torch 2.10 or newer.")
     return found
@@ -66,7 +70,10 @@ def run(args: argparse.Namespace, result: Result) -> int:
         facts.add_row(name, escape(", ".join(value) or "none" if isinstance(value, list) else str(value)))
     facts.add_row("package", f"perceiver_kernels {result['version']}, commit {result['commit'] or 'unknown'}")
     for name, value in build.items():
-        facts.add_row(f"library: {name}", escape(", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)))
+        facts.add_row(
+            f"library: {name}",
+            escape(", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)),
+        )
     if why_not is not None:
         facts.add_row("library", f"[yellow]not loaded:[/] {escape(why_not)}")
     out.print(facts)
@@ -76,7 +83,9 @@ def run(args: argparse.Namespace, result: Result) -> int:
         table.add_column(column, overflow="fold")
     for device, reasons in backends.items():
         for name, reason in reasons.items():
-            table.add_row(device, name, "[green]yes[/]" if reason is None else "[yellow]no[/]", escape(reason or ""))
+            table.add_row(
+                device, name, "[green]yes[/]" if reason is None else "[yellow]no[/]", escape(reason or "")
+            )
     out.print(table)
     for line in result["advice"]:
         out.print("- " + escape(line))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Callable
+from typing import Any
 
 Json = Any
 
 
 def in_fresh_process(function: Callable[[Json], Json], argument: Json) -> Json:
-    """`function(argument)`, computed by a new interpreter. RuntimeError carries the last line of its error."""
+    """`function(argument)`, computed by a new interpreter. RuntimeError: the last line of its error."""
     command = [sys.executable, "-m", __name__, function.__module__, function.__name__]
     done = subprocess.run(command, input=json.dumps(argument), capture_output=True, text=True)
     if done.returncode != 0:

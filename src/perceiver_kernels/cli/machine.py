@@ -1,4 +1,4 @@
-"""Where a result comes from: the machine, the commit, the command and the date that stand in every result file."""
+"""Where a result comes from: the machine, the commit, the command and the date in every result file."""
 
 from __future__ import annotations
 
@@ -41,15 +41,19 @@ def memory_bytes() -> int:
 
 
 def commit() -> str | None:
-    """The git commit of this source tree ("+changes" when files differ from it), None for an installed copy."""
+    """The git commit of this source tree ("+changes" if files differ from it), None for an installed copy."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(PACKAGE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # an installed copy can lie inside somebody else's repository
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        git(
+            "ls-files", "--error-unmatch", __file__
+        )  # an installed copy can lie inside somebody else's repository
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -76,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 
 def provenance(arguments: list[str] | None = None) -> dict[str, Any]:
-    """What every result file says about its origin; `arguments` are the command line's, None for this process's."""
+    """What every result file says about its origin; `arguments` as given to main, None for this process's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return {
         "version": __version__,
@@ -90,4 +94,5 @@ def provenance(arguments: list[str] | None = None) -> dict[str, Any]:
 def caption(result: dict[str, Any]) -> str:
     """Machine and commit in one line, for the foot of a chart."""
     where, what = result["machine"], (result["commit"] or result["version"])[:12]
-    return f"{where['cpu']}, {where['threads']} threads, {where['isa'] or 'no compiled library'}, torch {where['torch']}, {what}"
+    isa = where["isa"] or "no compiled library"
+    return f"{where['cpu']}, {where['threads']} threads, {isa}, torch {where['torch']}, {what}"

@@ -1,6 +1,6 @@
 """Time candidates for one attention problem fairly: checked first, then in interleaved rounds.
 
-Rounds run A B C A B C ..., so that a clock that drifts or a neighbour who wakes up touches every candidate alike.
+Rounds run A B C A B C ..., so that a drifting clock or a busy neighbour touches every candidate alike.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ from perceiver_kernels.testing.inputs import Inputs, make_inputs
 from perceiver_kernels.testing.peers import PEERS, Attend, Unsupported
 
 SHORTEST_SAMPLE = 5e-3  # seconds; a sample repeats its call until it lasts about that long
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 PASSES = ("fwd", "fwdbwd")
 
 Reference = dict[str, tuple[Tensor, float]]
@@ -30,7 +35,7 @@ Reference = dict[str, tuple[Tensor, float]]
 
 @dataclass
 class Candidate:
-    """One way to compute the problem: `call()` runs it once and returns out, with gradients dq, dk, dv when asked."""
+    """One way to compute the problem: `call()` returns out, and with the backward dq, dk and dv."""
 
     name: str
     call: Callable[[], tuple[Tensor, ...]]
@@ -93,7 +98,7 @@ def prepare(name: str, inputs: Inputs, backward: bool) -> Candidate:
 
 
 def rounds(candidates: Sequence[Candidate], repeat: int, limit: float) -> Iterator[None]:
-    """Sample every candidate once per round, yielding after each: `repeat` rounds, fewer once `limit` seconds are over."""
+    """Sample each candidate once a round, for `repeat` rounds or `limit` seconds; yields after every one."""
     begin = time.perf_counter()
     for done in range(repeat):
         if done >= 3 and time.perf_counter() - begin > limit:
@@ -104,17 +109,19 @@ def rounds(candidates: Sequence[Candidate], repeat: int, limit: float) -> Iterat
 
 
 def sample(inputs: Inputs) -> Inputs:
-    """The first example's first key head with its query heads: a whole problem of its own, cheap to do in float64."""
+    """The first example's first key head with its query heads: a problem of its own, cheap in float64."""
     group = inputs.query.shape[1] // inputs.key.shape[1]
-    kwargs = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.kwargs.items()}
-    query, dout, dlse = (None if x is None else x[:1, :group] for x in (inputs.query, inputs.dout, inputs.dlse))
+    kwargs = {
+        name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.kwargs.items()
+    }
+    query, dout = (x[:1, :group] for x in (inputs.query, inputs.dout))
     key, value = inputs.key[:1, :1], inputs.value[:1, :1]
-    return replace(inputs, query=query, key=key, value=value, dout=dout, dlse=dlse, kwargs=kwargs)
+    return Inputs(query, key, value, dout, None, kwargs)  # peers have no lse, so none enters the gradients
 
 
 def sample_reference(inputs: Inputs, backward: bool) -> Reference:
     """What a candidate's sample is compared with: for each tensor its float64 value and its error budget."""
-    part = replace(sample(inputs), dlse=None)  # peers have no lse, so none enters the gradients
+    part = sample(inputs)
     want, plain = reference64(part), math_reference(part)
     names = ("out", "dq", "dk", "dv") if backward else ("out",)
     return {name: (want[name], budget(plain[name], want[name], inputs.query.dtype)) for name in names}
@@ -145,7 +152,7 @@ def visible_pairs(inputs: Inputs) -> int:
 
 
 def operations(inputs: Inputs, backward: bool) -> int:
-    """Floating-point operations of the matmuls that can't be avoided: 4 D a pair forward, 3.5 times that with backward."""
+    """Operations of the unavoidable matmuls: 4 D for a visible pair, 3.5 times that with the backward."""
     d, dv = inputs.query.shape[-1], inputs.value.shape[-1]
     per_pair = 2 * (d + dv) + (2 * (3 * d + 2 * dv) if backward else 0)
     return per_pair * visible_pairs(inputs)
@@ -153,7 +160,7 @@ def operations(inputs: Inputs, backward: bool) -> int:
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and quartiles, in seconds."""
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    low, median, high = statistics.quantiles([*samples] * 2, n=4, method="inclusive")  # needs two at least
     return {"median_s": median, "q1_s": low, "q3_s": high, "min_s": min(samples)}
 
 

@@ -1,4 +1,4 @@
-"""Before and after: one training step of the PyPI package perceiver-ar-pytorch, as published and with the op inside.
+"""One training step of the PyPI package perceiver-ar-pytorch, as published and with the op inside.
 
 Each function takes and returns plain JSON values, so that it can run in a fresh process.
 """
@@ -24,7 +24,7 @@ def build(shape: dict[str, int], swapped: bool) -> nn.Module:
     from perceiver_kernels.integrations.perceiver_ar_pytorch import swap
 
     torch.manual_seed(0)
-    model = PerceiverAR(
+    model: nn.Module = PerceiverAR(
         num_tokens=VOCABULARY,
         dim=shape["dim"],
         depth=shape["depth"],
@@ -49,7 +49,7 @@ def step(model: nn.Module, x: Tensor) -> None:
 
 
 def measure_step(argument: dict[str, Any]) -> dict[str, Any]:
-    """Peak extra memory of the first step and the time of the later ones. `argument`: shape, swapped, steps, threads."""
+    """Peak memory of the first step, time of later ones. `argument`: shape, swapped, steps, threads."""
     torch.set_num_threads(argument["threads"])
     tiny = {**argument["shape"], "positions": 128, "latents": 64}
     step(build(tiny, argument["swapped"]), tokens(tiny))

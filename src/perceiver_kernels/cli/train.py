@@ -1,4 +1,4 @@
-"""Train a byte-level Perceiver AR on the standard library's sources, and score it on held-out files against zlib."""
+"""Train a byte-level Perceiver AR on the standard library; score it on held-out files against zlib."""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ BYTES = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained and for how long; the learning rate falls to zero over `steps`, or over `seconds` without them."""
+    """What is trained and for how long.
+
+    The first `short_share` of the time goes to pieces of `short_context` bytes, where a step costs a fraction
+    of a full one and shows as much of the language; the rest goes to the full context. Positions are rotary
+    only, so that what is learnt on short pieces holds anywhere. The learning rate falls to zero over `steps`,
+    or over `seconds` where there are none.
+    """
 
     context: int = 8192
-    latents: int = 1024
-    dim: int = 192
-    depth: int = 4
-    heads: int = 3
-    batch: int = 1
-    lr: float = 3e-3
-    prefix_dropout: float = 0.0
+    latents: int = 512
+    short_context: int = 512
+    short_share: float = 0.6
+    dim: int = 128
+    depth: int = 3
+    heads: int = 2
+    lr: float = 4e-3
     seconds: float = 150.0
     steps: int | None = None
-    evaluations: int = 8
+    evaluations: int = 10
     seed: int = 0
 
     def model(self) -> pk.PerceiverAR:
@@ -45,9 +51,15 @@ class Recipe:
             num_heads=self.heads,
             max_seq_len=self.context,
             num_latents=self.latents,
-            prefix_dropout=self.prefix_dropout,
+            positions="none",
+            rotary_fraction=1.0,
+            tie_embeddings=True,
         )
         return pk.PerceiverAR(config)
+
+    def context_at(self, done: float) -> int:
+        """Bytes of context once the share `done` of training is over."""
+        return min(self.short_context, self.context) if done < self.short_share else self.context
 
 
 class HeldOut:
@@ -57,71 +69,63 @@ class HeldOut:
     scored bytes of a run are one piece of text, which zlib gets as one stream with the same text before it.
     """
 
-    def __init__(self, text: Tensor, context: int, latents: int, runs: int = 8, windows: int = 12) -> None:
+    def __init__(self, text: Tensor, context: int, latents: int, runs: int = 8, windows: int = 16) -> None:
         self.latents = latents
         before = context - latents + 1  # the byte after position i is what position i predicts
         length = before + windows * latents
         if len(text) < length:
             raise ValueError(f"held-out text has {len(text):,} bytes, a run needs {length:,}")
         starts = torch.linspace(0, len(text) - length, runs).long().tolist()
-        self.runs = [text[start : start + length].long() for start in starts]
-        self.windows = [[run[i * latents :][: context + 1] for run in self.runs] for i in range(windows)]
+        pieces = [text[start : start + length].long() for start in starts]
+        self.windows = [[piece[i * latents :][: context + 1] for piece in pieces] for i in range(windows)]
         self.scored = runs * windows * latents
-        as_bytes = [bytes(run.tolist()) for run in self.runs]
-        self.zlib_bits = sum(deflate_bits(run[before:], run[:before]) for run in as_bytes) / runs
+        as_bytes = [bytes(piece.tolist()) for piece in pieces]
+        self.zlib_bits = sum(deflate_bits(piece[before:], piece[:before]) for piece in as_bytes) / runs
 
     @torch.no_grad()
-    def bits_per_byte(self, model: nn.Module, windows: int | None = None) -> float:
-        """Mean bits per byte over the first `windows` windows of every run, None for all of them."""
+    def bits_per_byte(self, model: nn.Module, context: int, windows: int | None = None) -> float:
+        """Mean bits per byte with `context` bytes in view, over `windows` windows a run, None for all."""
         model.eval()
         losses = []
         for window in self.windows[:windows]:
-            for text in window:
-                logits = model(text[None, :-1], num_latents=self.latents)
-                losses.append(F.cross_entropy(logits[0], text[-self.latents :]).item())
+            for piece in window:
+                logits = model(piece[None, -context - 1 : -1], num_latents=self.latents)
+                losses.append(F.cross_entropy(logits[0], piece[-self.latents :]).item())
         model.train()
         return sum(losses) / len(losses) / math.log(2)
 
 
-def optimizers(model: pk.PerceiverAR, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW for all; betas and clipping as for other small Perceiver ARs."""
-    return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
-
-
 def train(
-    model: pk.PerceiverAR, text: Tensor, recipe: Recipe, evaluate: Callable[[], float]
+    model: pk.PerceiverAR, text: Tensor, recipe: Recipe, evaluate: Callable[[int], float]
 ) -> Iterator[dict[str, Any]]:
-    """Train in place, yielding after every step: step, seconds, share done, training bits per byte, and now and then held_out.
+    """Train in place, yielding after every step what there is to plot.
 
-    The time that evaluation takes does not count towards `recipe.seconds`.
+    A point has step, seconds, done (0 to 1), context, train_bits, and now and then held_out_bits, which is
+    `evaluate(context)`. The time that evaluation takes does not count towards `recipe.seconds`.
     """
     draw = torch.Generator().manual_seed(recipe.seed)
-    opts = optimizers(model, recipe.lr)
-    rates = [[group["lr"] for group in opt.param_groups] for opt in opts]
-    span = torch.arange(recipe.context + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
     done, spent, step, evaluated = 0.0, 0.0, 0, 0
     while True:
-        point: dict[str, Any] = {"step": step, "seconds": round(spent, 3), "done": done}
+        context = recipe.context_at(done)
+        point: dict[str, Any] = {"step": step, "seconds": round(spent, 3), "done": done, "context": context}
         if done >= evaluated / recipe.evaluations:
-            point["held_out_bits"] = evaluate()
+            point["held_out_bits"] = evaluate(context)
             evaluated = math.floor(done * recipe.evaluations) + 1
         if done >= 1:
             yield point
             return
         begin = time.perf_counter()
-        warm = min(1.0, (step + 1) / 20)
-        for opt, lrs in zip(opts, rates, strict=True):
-            for group, lr in zip(opt.param_groups, lrs, strict=True):
-                group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-        starts = torch.randint(len(text) - recipe.context, (recipe.batch, 1), generator=draw)
-        tokens = text[starts + span].long()
-        logits = model(tokens[:, :-1], num_latents=recipe.latents)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, -recipe.latents :].flatten())
-        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
+        start = int(torch.randint(len(text) - context, (), generator=draw))
+        tokens = text[start : start + context + 1].long()
+        logits = model(tokens[None, :-1], num_latents=recipe.latents)
+        loss = F.cross_entropy(logits[0], tokens[-recipe.latents :])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
+        optimizer.step()
         step += 1
         spent += time.perf_counter() - begin
         done = min(1.0, spent / recipe.seconds if recipe.steps is None else step / recipe.steps)
@@ -129,7 +133,7 @@ def train(
 
 
 def continuation(model: pk.PerceiverAR, text: Tensor, length: int, seed: int = 0) -> tuple[bytes, bytes]:
-    """A prompt of held-out bytes that just leaves room for `length` more, and what the model writes after it."""
+    """A prompt of held-out bytes that leaves room for `length` more, and what the model writes after it."""
     prompt = text[: model.config.max_seq_len - length].long()[None]
     draw = torch.Generator().manual_seed(seed)
     full = model.generate(prompt, length, temperature=0.7, top_p=0.95, generator=draw)[0].tolist()

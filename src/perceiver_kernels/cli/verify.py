@@ -1,7 +1,7 @@
 """Every usable backend over the case list, forward and all gradients, against float64.
 
 A budget is 1.5 times the error that the plain computation (matmul, float32 softmax, matmul, and its autograd)
-makes in the same dtype on the same inputs. `sdpa` runs torch's own kernels: where those miss a budget, that is
+makes in the same dtype on the same inputs. `sdpa` runs torch's own kernels: where those miss a budget, it is
 reported as "torch" and counts as known, not as a failure.
 """
 
@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -26,7 +25,8 @@ from perceiver_kernels.testing.inputs import Inputs, make_inputs
 
 SUMMARY = "every usable backend against float64: error, budget, pass or fail"
 QUICK_CASES = {
-    "ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dim_128", "odd_dims", "transposed", "dead_example",
+    "ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dim_128", "odd_dims", "transposed",
+    "dead_example",
     "offset_negative", "offset_per_example_masked", "softcap", "dropout", "packed", "all_options",
 }  # fmt: skip
 QUICK_DTYPES = ("float32", "bfloat16")
@@ -40,8 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to verify; everything by default."""
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that can run here")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
-    parser.add_argument("--case", nargs="+", choices=[case.name for case in CASES], metavar="NAME", help="default: all cases")
-    parser.add_argument("--quick", action="store_true", help="a varied part of the cases in float32 and bfloat16")
+    parser.add_argument(
+        "--case", nargs="+", choices=[case.name for case in CASES], metavar="NAME", help="default: all cases"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a varied part of the cases in float32 and bfloat16"
+    )
     parser.add_argument("--verbose", action="store_true", help="list every row, not the worst of each tensor")
 
 
@@ -59,11 +63,13 @@ def verify(
     quick: bool = False,
     verbose: bool = False,
 ) -> int:
-    """Fill `result["rows"]`, print the tables, return the exit code. CommandError for a backend that can't run."""
+    """Fill `result["rows"]`, print, return the exit code. CommandError for a backend that can't run."""
     usable = pk.available_backends("cpu")
     for name in backends or []:
         if usable.get(name, "there is no such backend: choose from " + ", ".join(usable)) is not None:
-            raise CommandError(f"backend {name!r} can't run here: {usable.get(name, 'choose from ' + ', '.join(usable))}")
+            raise CommandError(
+                f"backend {name!r} can't run here: {usable.get(name, 'choose from ' + ', '.join(usable))}"
+            )
     names = backends or [name for name, reason in usable.items() if reason is None]
     wanted = set(cases) if cases else QUICK_CASES if quick else {case.name for case in CASES}
     chosen = [case for case in CASES if case.name in wanted]
@@ -105,7 +111,7 @@ def verify_case(case: Case, dtype: str, backends: list[str]) -> Iterator[Row]:
 
 
 def attempt(inputs: Inputs, backend: str) -> tuple[dict[str, Tensor] | None, str | None]:
-    """Results and None; None and the reason of a backend that refuses; or {} and the error of one that breaks."""
+    """Results and None; None and the reason of a refusal; or {} and the error of a backend that breaks."""
     try:
         return inputs.run(backend), None
     except ValueError as error:
@@ -120,12 +126,16 @@ def ratio(row: Row) -> float:
 
 
 def print_tables(rows: list[Row], verbose: bool) -> None:
-    """The worst case of every backend, dtype and tensor (all rows if `verbose`), what failed, what was refused."""
+    """The worst case of every backend, dtype and tensor (or all rows), what failed, what was refused."""
     measured = [row for row in rows if "error" in row]
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in measured:
         groups.setdefault((row["backend"], row["dtype"], row["tensor"]), []).append(row)
-    title = "Every row" if verbose else "The row closest to its budget, or furthest over it, of each backend, dtype and tensor"
+    title = (
+        "Every row"
+        if verbose
+        else "The row closest to its budget, or furthest over it, of each backend, dtype and tensor"
+    )
     table = Table(title=title, title_justify="left")
     for column in ("backend", "dtype", "tensor", "rows", "worst case"):
         table.add_column(column)
@@ -140,8 +150,11 @@ def print_tables(rows: list[Row], verbose: bool) -> None:
         out.print(table)
     for row in rows:
         if row["status"] in ("FAIL", "torch") and not verbose:
-            what = row.get("reason") or f"{row['tensor']}: error {row['error']:.2e}, budget {row['budget']:.2e}"
-            out.print(f"[{COLORS[row['status']]}]{row['status']}[/] {row['backend']} {row['dtype']} {row['case']} {escape(what)}")
+            what = (
+                row.get("reason") or f"{row['tensor']}: error {row['error']:.2e}, budget {row['budget']:.2e}"
+            )
+            where = f"{row['backend']} {row['dtype']} {row['case']}"
+            out.print(f"[{COLORS[row['status']]}]{row['status']}[/] {where} {escape(what)}")
     refusals: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] == "refused":

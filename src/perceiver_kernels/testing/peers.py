@@ -6,7 +6,7 @@ Masks are built here, once, outside what is timed: a model would share them betw
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,15 @@ class Unsupported(ValueError):
 
 
 def _mask(query: Tensor, key: Tensor, spec: AttentionSpec) -> Tensor | None:
-    """Visibility as bool (B, 1, M, N) or (1, 1, M, N), True = may be attended; None where everything is visible."""
+    """Visibility, bool (B, 1, M, N) or (1, 1, M, N), True = may be attended; None where all is visible."""
     if not spec.is_causal and spec.key_mask is None:
         return None
     return visible(spec, query.shape[2], key.shape[2], query.device).unsqueeze(1)
 
 
-def torch_eager(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool) -> dict[str, Attend]:
+def torch_eager(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool
+) -> dict[str, Attend]:
     """matmul, mask, softmax, matmul, as written by hand in most models."""
     if spec.is_packed or spec.dropout_p:
         raise Unsupported("the eager peer covers neither packed sequences nor dropout")
@@ -49,8 +51,10 @@ def torch_eager(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, 
     return {"": attend}
 
 
-def torch_sdpa(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool) -> dict[str, Attend]:
-    """`scaled_dot_product_attention`: with a bool and a float mask, grouped heads passed as such and repeated."""
+def torch_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool
+) -> dict[str, Attend]:
+    """`scaled_dot_product_attention`: bool and float mask, grouped heads passed as such and repeated."""
     if spec.is_packed or spec.dropout_p or spec.softcap:
         raise Unsupported("torch's SDPA has no packed sequences, no softcap and other dropout bits")
     mask, group = _mask(query, key, spec), query.shape[1] // key.shape[1]
@@ -64,7 +68,13 @@ def torch_sdpa(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, b
             if repeat:
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, scale=spec.scale, enable_gqa=group > 1 and not repeat
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=is_causal,
+                scale=spec.scale,
+                enable_gqa=group > 1 and not repeat,
             )
 
         return attend
@@ -72,16 +82,26 @@ def torch_sdpa(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, b
     heads = {"": False, ", repeated heads": True} if group > 1 else {"": False}
     ways = {m + h: attention(masks[m], False, repeat) for m in masks for h, repeat in heads.items()}
     square = query.shape[2] == key.shape[2] and spec.q_offset == 0 and spec.q_offsets is None
-    if spec.is_causal and square and spec.key_mask is None:  # the one case where torch's top-left flag means the same
+    if (
+        spec.is_causal and square and spec.key_mask is None
+    ):  # the one case where torch's top-left flag means the same
         ways |= {"is_causal" + h: attention(None, True, repeat) for h, repeat in heads.items()}
     return ways
 
 
-def torch_flex(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool) -> dict[str, Attend]:
+def torch_flex(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool
+) -> dict[str, Attend]:
     """Compiled FlexAttention with a block mask; torch gives it no backward on a CPU."""
     if backward and query.device.type == "cpu":
         raise Unsupported("FlexAttention has no backward on a CPU")
-    if spec.is_packed or spec.dropout_p or spec.softcap or spec.key_mask is not None or spec.q_offsets is not None:
+    if (
+        spec.is_packed
+        or spec.dropout_p
+        or spec.softcap
+        or spec.key_mask is not None
+        or spec.q_offsets is not None
+    ):
         raise Unsupported("the FlexAttention peer covers a plain causal or full mask only")
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -92,7 +112,9 @@ def torch_flex(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, b
         return j <= i + spec.q_offset
 
     queries, keys = query.shape[2], key.shape[2]
-    blocks = create_block_mask(seen, None, None, queries, keys, device=query.device) if spec.is_causal else None
+    blocks = (
+        create_block_mask(seen, None, None, queries, keys, device=query.device) if spec.is_causal else None
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = query.shape[1] != key.shape[1]
 

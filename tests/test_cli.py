@@ -1,0 +1,404 @@
+"""The command line, as a user runs it: exit codes, messages, JSON, plots, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import perceiver_kernels as pk
+from perceiver_kernels.cli import bench, charts, demo, doctor, main, measure, report, verify
+from perceiver_kernels.cli.corpus import deflate_bits, load_corpus, sources
+from perceiver_kernels.cli.fresh import in_fresh_process
+from perceiver_kernels.cli.memory import peak_growth
+from perceiver_kernels.cli.train import HeldOut, Recipe, train
+from perceiver_kernels.testing.cases import Case
+from perceiver_kernels.testing.inputs import make_inputs
+from perceiver_kernels.testing.peers import PEERS, Unsupported
+
+TINY = ["--batch", "1", "--heads", "2", "--queries", "4", "--keys", "16", "--dim", "8", "--repeat", "2"]
+COMMAND = [sys.executable, "-m", "perceiver_kernels"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse
+        code = int(error.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def _consoles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consoles that write to whatever pytest captures now, wide enough not to wrap."""
+    for name, stderr in (("out", False), ("err", True)):
+        console = report.Console(stderr=stderr, highlight=False, width=300)
+        for module in (report, bench, demo, doctor, verify, sys.modules["perceiver_kernels.cli"]):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, console)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result file, which must name its origin."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    assert {"version", "commit", "command", "date", "machine"} <= result.keys()
+    assert result["command"].startswith("perceiver-kernels ")
+    assert {"cpu", "cores", "memory_gb", "torch", "threads", "isa"} <= result["machine"].keys()
+    return result
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[1].strip() == f"perceiver-kernels {pk.__version__}"
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(command in out for command in ("doctor", "verify", "bench", "demo"))
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "doctor", "--json", str(tmp_path / "new" / "d.json"))
+    assert code == 0
+    assert "reference" in out
+    result = load(tmp_path / "new" / "d.json")
+    assert result["backends"]["cpu"] == pk.available_backends("cpu")
+
+
+def test_doctor_without_the_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "load", lambda: "it was installed without")
+    monkeypatch.setattr(doctor.machine, "build", dict)
+    monkeypatch.setattr(
+        pk, "available_backends", lambda device: {"cpu": "it was installed without", "sdpa": None}
+    )
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "it was installed without" in out
+    assert "Install a C++17 compiler" in out
+    monkeypatch.setattr(pk, "available_backends", lambda device: {"cpu": "no", "sdpa": "no"})
+    assert run(capsys, "doctor")[0] == 1
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cases = ["ragged", "softcap", "packed"]
+    path = tmp_path / "v.json"
+    code, out, _ = run(capsys, "verify", "--case", *cases, "--dtype", "float32", "--json", str(path))
+    assert code == 0
+    assert "sdpa refuses softcap" in out
+    rows = load(path)["rows"]
+    usable = [name for name, reason in pk.available_backends("cpu").items() if reason is None]
+    for backend in usable:
+        for case in cases:
+            mine = [row for row in rows if (row["backend"], row["case"]) == (backend, case)]
+            if (backend, case) == ("sdpa", "softcap"):
+                assert [row["status"] for row in mine] == ["refused"]
+            else:
+                assert [row["tensor"] for row in mine] == ["out", "lse", "dq", "dk", "dv"]
+                assert all(row["error"] <= row["budget"] for row in mine)
+
+
+@pytest.mark.parametrize("damage", ["wrong", "nan", "raises"])
+def test_verify_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    from perceiver_kernels.backends import reference
+
+    forward = reference.forward
+
+    def broken(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if damage == "raises":
+            raise RuntimeError("the kernel broke")
+        out, lse = forward(*arguments)
+        return out * (1.001 if damage == "wrong" else float("nan")), lse
+
+    monkeypatch.setattr(reference, "forward", broken)
+    arguments = ("verify", "--backends", "reference", "--case", "ragged", "--dtype", "float32")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 1
+    assert "FAIL reference float32 ragged" in out
+    assert "the kernel broke" in out or damage != "raises"
+
+
+def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ["reference", "torch-sdpa"]
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    code, out, _ = run(capsys, "bench", *TINY, "--dtype", "float32", "--backends", *names, *files)
+    assert code == 0
+    assert "GFLOP/s" in out
+    rows = load(tmp_path / "b.json")["rows"]
+    assert [(row["pass"], row["candidate"]) for row in rows] == [
+        (direction, name) for direction in ("fwd", "fwdbwd") for name in names
+    ]
+    for row in rows:
+        assert row["shape"] == "B1 H2 M4 N16 D8"
+        assert row["rounds"] == 2
+        assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
+        assert row["within_budget"]
+        assert (row["speedup"] == 1.0) == (row["candidate"] == "torch-sdpa")
+        if sys.platform == "linux":
+            assert row["peak_extra_bytes"] >= 0
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_leaves_out_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perceiver_kernels.backends import reference
+
+    forward = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *a: tuple(1.001 * x for x in forward(*a)))
+    arguments = (
+        *TINY,
+        "--dtype",
+        "float32",
+        "--pass",
+        "fwd",
+        "--no-memory",
+        "--backends",
+        "reference",
+        "torch-eager",
+    )
+    code, out, _ = run(capsys, "bench", *arguments)
+    assert code == 0
+    assert "reference is left out: out is over its error budget" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "required"),
+        (("paint",), "invalid choice: 'paint'"),
+        (("bench", "--dim", "0"), "must be at least 1, got 0"),
+        (("bench", "--dim", "many"), "invalid positive value: 'many'"),
+        (("bench", "--dtype", "int8"), "invalid choice: 'int8'"),
+        (("bench", "--case", "nowhere"), "invalid choice: 'nowhere'"),
+        (("bench", "--heads", "4", "--kv-heads", "3"), "--kv-heads 3 does not divide --heads 4"),
+        (("bench", "--backends", "abacus"), "unknown backend 'abacus'"),
+        (("bench", "--json", "/dev/null/b.json"), "--json can't write /dev/null/b.json"),
+        (("verify", "--backends", "abacus"), "backend 'abacus' can't run here"),
+        (("verify", "--case", "nowhere"), "invalid choice: 'nowhere'"),
+        (("demo", "--minutes", "1", "--steps", "1"), "not allowed with argument"),
+        (("demo", "--minutes", "-1"), "--minutes must be greater than 0"),
+        (("demo", "--context", "64", "--latents", "128"), "--latents 128 is more than --context 64"),
+        (("demo", "--output", "/dev/null/demo"), "--output can't make /dev/null/demo"),
+    ],
+)
+def test_bad_requests(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_missing_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run(capsys, "bench", *TINY, "--plot", "b.png")
+    assert code == 2
+    assert "plots need matplotlib: pip install 'perceiver-kernels[demo]'" in err
+
+
+def interrupt(arguments: list[str], ready: Any, timeout: float = 60.0) -> tuple[int, str]:
+    """Start the command, press Ctrl-C once `ready()`, return exit code and stderr."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # CI may have it ignored
+    )
+    begin = time.monotonic()
+    while not ready() and process.poll() is None and time.monotonic() - begin < timeout:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=timeout)
+    return process.returncode, err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_interrupted_bench_keeps_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    arguments = [
+        "bench",
+        *TINY,
+        "--repeat",
+        "1000000",
+        "--seconds",
+        "1000000",
+        "--no-memory",
+        "--dtype",
+        "float32",
+    ]
+    arguments += ["--backends", "reference", "--json", str(path)]
+    begin: list[float] = []
+
+    def ready() -> bool:  # --json claims its file at the start; some seconds later rounds are under way
+        if path.exists() and not begin:
+            begin.append(time.monotonic())
+        return bool(begin) and time.monotonic() - begin[0] > 4
+
+    code, err = interrupt(arguments, ready)
+    assert code == 130
+    assert "interrupted; what was measured is in" in err
+    assert "Traceback" not in err
+    result = load(path)
+    assert result["interrupted"] is True
+    assert result["rows"][0]["rounds"] >= 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_interrupted_training_keeps_the_model(tmp_path: Path) -> None:
+    arguments = ["demo", "--parts", "train", "--steps", "1000000", "--context", "128", "--latents", "32"]
+    code, err = interrupt([*arguments, "--output", str(tmp_path)], lambda: _age(tmp_path) > 8)
+    assert code == 130
+    assert "Traceback" not in err
+    assert pk.PerceiverAR.load(tmp_path / "model.safetensors").config.max_seq_len == 128
+    assert (tmp_path / "training.png").exists()
+    points = load(tmp_path / "demo.json")["train"]["points"]
+    assert points[0]["held_out_bits"] > 0
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def test_demo_trains_and_swaps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "HeldOut", functools.partial(HeldOut, runs=2, windows=2))
+    size = ["--context", "256", "--latents", "64", "--steps", "40", "--swap-positions", "128"]
+    code, out, err = run(capsys, "demo", "--parts", "train", "swap", *size, "--output", str(tmp_path))
+    assert code == 0, err
+    assert "zlib -9" in out
+    assert "same argmax at 100.00% of positions" in out
+    for name in ("training.png", "swap.png", "model.safetensors", "demo.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    result = load(tmp_path / "demo.json")
+    assert result["swap"]["logits"]["relative_error"] < 1e-5
+    held = [p["held_out_bits"] for p in result["train"]["points"] if "held_out_bits" in p]
+    assert held[-1] < held[0] - 1.0
+    assert len(result["train"]["continuation"]["written"]) == 64
+
+
+def test_corpus_is_split_by_file() -> None:
+    train_text, held_text = (bytes(t.numpy().tobytes()) for t in load_corpus())
+    assert 0.03 < len(held_text) / len(train_text) < 0.3
+    assert all(held not in train_text for held in held_text.split(b"\0") if len(held) > 200)
+    assert all("test" not in path.parts for path in sources())
+
+
+def test_deflate_uses_the_context() -> None:
+    text = bytes(range(256)) * 4
+    assert deflate_bits(text, text) < deflate_bits(text, b"") < 8
+    plain = 8 * (len(zlib.compress(text, 9)) - 6) / len(text)  # zlib adds 6 bytes of header and checksum
+    assert deflate_bits(text, b"") == pytest.approx(plain, abs=0.2)
+
+
+def test_held_out_windows_lie_end_to_end() -> None:
+    text = torch.arange(100_000).remainder(251).to(torch.uint8)
+    held = HeldOut(text, context=64, latents=16, runs=2, windows=3)
+    scored = torch.cat([window[0][-16:] for window in held.windows])
+    assert torch.equal(scored, text[49 : 49 + 48].long())
+    assert held.scored == 96
+
+    class Uniform(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor, num_latents: int) -> torch.Tensor:
+            return torch.zeros(1, num_latents, 256)
+
+    assert held.bits_per_byte(Uniform(), 64) == pytest.approx(8.0)
+
+
+def test_training_is_reproducible_and_lengthens_its_context() -> None:
+    text = load_corpus()[0][:50_000]
+    recipe = Recipe(
+        context=64, latents=16, short_context=32, dim=16, depth=1, heads=1, steps=4, evaluations=2
+    )
+    runs = [list(train(recipe.model(), text, recipe, lambda context: float(context))) for _ in range(2)]
+    assert [p["context"] for p in runs[0]] == [32, 32, 32, 64, 64]
+    assert [p["held_out_bits"] for p in runs[0] if "held_out_bits" in p] == [32.0, 32.0, 64.0]
+    assert [p.get("train_bits") for p in runs[0]] == [p.get("train_bits") for p in runs[1]]
+
+
+def test_counts_visible_pairs() -> None:
+    for case in (
+        Case("plain", B=2, H=4, Hkv=2, M=5, N=9, D=4, Dv=4),
+        Case("masked", B=2, H=4, Hkv=2, M=5, N=9, D=4, Dv=4, key_mask="random", q_offset="per_example"),
+        Case("full", B=2, H=4, Hkv=2, M=5, N=9, D=4, Dv=4, is_causal=False, key_mask="random"),
+        Case("dead", B=1, H=1, Hkv=1, M=5, N=9, D=4, Dv=4, q_offset=-3),
+    ):
+        inputs = make_inputs(case, torch.float32)
+        from perceiver_kernels.reference import visible
+
+        seen = visible(inputs.spec(), case.M, case.N, torch.device("cpu")).expand(case.B, -1, -1)
+        assert measure.visible_pairs(inputs) == case.H * int(seen.sum()), case.name
+    inputs = make_inputs(Case("", B=1, H=1, Hkv=1, M=1, N=10, D=8, Dv=8), torch.float32)
+    assert measure.operations(inputs, False) == 4 * 8 * 10
+    assert measure.operations(inputs, True) == 3.5 * 4 * 8 * 10
+
+
+@pytest.mark.parametrize("case", [
+    Case("plain", M=5, N=20, D=8, Dv=8), Case("grouped", H=4, Hkv=2, M=5, N=20, D=8, Dv=8),
+    Case("square", M=7, N=7, D=8, Dv=8), Case("full", M=5, N=20, D=8, Dv=8, is_causal=False),
+    Case("masked", M=5, N=20, D=8, Dv=4, key_mask="right_padding", q_offset=15),
+])  # fmt: skip
+@pytest.mark.parametrize("peer", ["torch-eager", "torch-sdpa"])
+def test_peers_agree_with_the_reference(peer: str, case: Case) -> None:
+    inputs = make_inputs(case, torch.float64)
+    ways = measure.ways(peer, inputs, False)
+    for attend in ways.values():
+        out = attend(inputs.query, inputs.key, inputs.value)
+        want, _ = inputs.attend(inputs.query, inputs.key, inputs.value, "reference")
+        torch.testing.assert_close(out, want)
+    assert peer != "torch-sdpa" or case.name != "square" or "is_causal" in ways
+
+
+def test_peers_refuse() -> None:
+    inputs = make_inputs(Case("", dropout_p=0.5, softcap=1.0), torch.float32)
+    for peer in PEERS:
+        with pytest.raises(Unsupported):
+            measure.ways(peer, inputs, False)
+    with pytest.raises(Unsupported, match="no backward on a CPU"):
+        measure.ways("torch-flex", make_inputs(Case(""), torch.float32), True)
+
+
+def test_rounds_interleave_and_stop() -> None:
+    order: list[str] = []
+    candidates = [measure.Candidate(name, lambda name=name: order.append(name)) for name in "AB"]  # type: ignore[misc,arg-type]
+    for _ in measure.rounds(candidates, repeat=3, limit=60.0):
+        pass
+    assert "".join(order) == "ABABAB"
+    for _ in measure.rounds(candidates, repeat=1000, limit=0.0):
+        pass
+    assert len(candidates[0].samples) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_growth_sees_what_was_freed() -> None:
+    def call() -> torch.Tensor:
+        torch.ones(16 * 2**20)  # 64 MiB, freed at once
+        return torch.ones(2**20)
+
+    growth = peak_growth(call)
+    assert growth is not None
+    assert 60 * 2**20 < growth < 80 * 2**20
+
+
+def test_fresh_process_reports_errors() -> None:
+    with pytest.raises(RuntimeError, match="KeyError"):
+        in_fresh_process(measure.peak_memory, {"threads": 1})
+
+
+def test_seconds_and_json() -> None:
+    assert [report.seconds(x) for x in (2.5, 0.0123, 4.2e-5)] == ["2.5 s", "12.3 ms", "42 us"]
+    assert report.finite({"a": [1.0, float("nan")]}) == {"a": [1.0, "nan"]}
+    assert charts.OURS != charts.PEER

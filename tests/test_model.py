@@ -22,6 +22,15 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Hundreds of tiny steps: waiting for a second thread would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(**changes):
     torch.manual_seed(0)
     return PerceiverAR(dataclasses.replace(CONFIG, **changes)).double().eval()

@@ -51,7 +51,7 @@ class CMakeBuild(build_ext):
         import pybind11
         import torch
 
-        package = ROOT / "src" if self.inplace else Path(self.build_lib).resolve()
+        package = ROOT / "src" if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         options = {
             "CMAKE_BUILD_TYPE": "Release",

@@ -64,7 +64,9 @@ def _kernels() -> Any:
 
 
 def _channels_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor as it is
 
 
 def _options(spec: AttentionSpec) -> tuple[Any, ...]:

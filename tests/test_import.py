@@ -1,0 +1,77 @@
+"""Importing: in fresh processes, without what is optional, and cheaply."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import perceiver_kernels as pk
+
+BLOCK = """
+import importlib.abc, pathlib, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton" or name == "perceiver_kernels._native":
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+"""
+HIDE_LIBRARY = """
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda self, **kw: self.name != "_C.so" and exists(self, **kw)
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_triton_and_without_the_compiled_library() -> None:
+    output = run(
+        BLOCK
+        + HIDE_LIBRARY
+        + """
+import torch
+import perceiver_kernels as pk
+for name, reason in pk.available_backends().items():
+    print(name, reason)
+query = torch.randn(1, 2, 3, 8, requires_grad=True)
+key = torch.randn(1, 2, 9, 8)
+pk.perceiver_attention(query, key, key).sum().backward()
+assert query.grad.isfinite().all()
+try:
+    pk.perceiver_attention(query, key, key, backend="cpu")
+except ValueError as error:
+    print(str(error).splitlines()[-1])
+"""
+    )
+    lines = output.splitlines()
+    reason = "the package was installed without its compiled kernels; install a C++17 compiler and reinstall"
+    assert lines[0].startswith(f"cpu {reason}")
+    assert lines[1:3] == ["sdpa None", "reference None"]
+    assert lines[3].startswith(f"  cpu: {reason}")
+
+
+def test_importing_loads_no_layers_no_compiler_and_no_kernels() -> None:
+    output = run(
+        """
+import sys
+import perceiver_kernels
+heavy = ("triton", "matplotlib", "rich", "torch._inductor", "perceiver_kernels.layers", "perceiver_kernels.models")
+print([name for name in heavy if name in sys.modules])
+"""
+    )
+    assert output.strip() == "[]"
+
+
+def test_public_names() -> None:
+    for name in pk.__all__:
+        assert getattr(pk, name) is not None
+    assert pk.__version__.count(".") == 2
+    assert list(pk.available_backends()) == ["cpu", "sdpa", "reference"]
+    assert pk.available_backends("meta") != pk.available_backends("cpu")
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(pk, "no_such_thing")

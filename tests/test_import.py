@@ -21,9 +21,11 @@ pathlib.Path.exists = lambda self, **kw: self.name != "_C.so" and exists(self, *
 """
 
 
-def run(program: str) -> str:
+def run(program: str, warning: str = "") -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Warning: ") == (1 if warning else 0), done.stderr
+    assert warning in done.stderr
     return done.stdout
 
 
@@ -44,7 +46,8 @@ try:
     pk.perceiver_attention(query, key, key, backend="cpu")
 except ValueError as error:
     print(str(error).splitlines()[-1])
-"""
+""",
+        warning="RuntimeWarning: perceiver_kernels has no cpu backend here",
     )
     lines = output.splitlines()
     reason = "the package was installed without its compiled kernels; install a C++17 compiler and reinstall"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from perceiver_kernels import _library
 from perceiver_kernels._version import __version__
 from perceiver_kernels.attention import perceiver_attention, perceiver_attention_varlen
 from perceiver_kernels.dispatch import available_backends
 from perceiver_kernels.merge import merge_attention
+
+if _library.missing is not None:  # calls go to torch's own attention then: not silently
+    warnings.warn(f"perceiver_kernels has no cpu backend here: {_library.missing}", RuntimeWarning, stacklevel=2)
 
 if TYPE_CHECKING:
     from perceiver_kernels.layers import CrossAttention

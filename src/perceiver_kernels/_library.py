@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +11,19 @@ import torch
 _HOW_TO_BUILD = "install a C++17 compiler and reinstall with `pip install --no-build-isolation .`"
 
 
-@functools.cache
-def load() -> str | None:
-    """Load ``_C`` once. Returns None when its operators are there, else why not and what to do about it."""
+def _load() -> str | None:
     path = Path(__file__).with_name("_C.so")
     if not path.exists():
         return f"the package was installed without its compiled kernels; {_HOW_TO_BUILD}"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path.name} does not load with torch {torch.__version__} ({error}); {_HOW_TO_BUILD}"
     return None
+
+
+missing = _load()
+"""None when the operators of ``_C`` are there, else why not and what to do about it."""
 
 
 def _import_native() -> ModuleType | None:

@@ -20,7 +20,7 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
     Returns: for each backend, in the order in which ``backend=None`` tries them, None if it can run, else the
     reason why it can't and what to do about it.
     """
-    return {name: _unavailable(name, str(torch.device(device))) for name in BACKENDS}
+    return {name: BACKENDS[name].unavailable(torch.device(device)) for name in BACKENDS}
 
 
 def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str:
@@ -46,10 +46,5 @@ def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec:
 
 
 def _reasons(name: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
-    reason = _unavailable(name, str(query.device))
+    reason = BACKENDS[name].unavailable(query.device)
     return BACKENDS[name].unsupported(query, key, value, spec) if reason is None else [reason]
-
-
-@torch.compiler.assume_constant_result  # a fact about the machine, not a part of the graph
-def _unavailable(name: str, device: str) -> str | None:
-    return BACKENDS[name].unavailable(torch.device(device))

@@ -17,7 +17,7 @@ def unavailable(device: torch.device) -> str | None:
     """None where this backend can run on ``device``, else the reason and what to do about it."""
     if device.type != "cpu":
         return f"runs on cpu tensors, not on {device.type}"
-    return _library.load()
+    return _library.missing
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
@@ -33,7 +33,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> t
     """``(out, lse)``, laid out as :func:`perceiver_kernels.spec.empty_outputs` says."""
     out, lse = empty_outputs(query, value)
     inputs = [_channels_contiguous(tensor) for tensor in (query, key, value)]
-    _kernels().cpu_forward(*inputs, *_options(spec), out, lse)
+    torch.ops.perceiver_kernels.cpu_forward(*inputs, *_options(spec), out, lse)
     return out, lse
 
 
@@ -51,16 +51,13 @@ def backward(
     gradients = empty_gradients(query, key, value)
     outputs = [_channels_contiguous(tensor) for tensor in gradients]
     dout, query, key, value, out = (_channels_contiguous(tensor) for tensor in (dout, query, key, value, out))
-    _kernels().cpu_backward(dout, dlse, query, key, value, out, lse, *_options(spec), *outputs)
+    torch.ops.perceiver_kernels.cpu_backward(
+        dout, dlse, query, key, value, out, lse, *_options(spec), *outputs
+    )
     for gradient, output in zip(gradients, outputs, strict=True):
         if gradient is not output:
             gradient.copy_(output)
     return gradients
-
-
-def _kernels() -> Any:
-    _library.load()  # a loaded program may call the op without ever having asked for a backend
-    return torch.ops.perceiver_kernels
 
 
 def _channels_contiguous(tensor: Tensor) -> Tensor:

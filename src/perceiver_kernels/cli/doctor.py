@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import perceiver_kernels as pk
-from perceiver_kernels._library import load
+from perceiver_kernels._library import missing
 from perceiver_kernels.cli import machine
 from perceiver_kernels.cli.report import Result, out
 
@@ -60,7 +60,7 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
 
 def run(args: argparse.Namespace, result: Result) -> int:
     """Print three tables and the advice. Returns 0 if any backend is usable, else 1."""
-    why_not, build = load(), machine.build()
+    why_not, build = missing, machine.build()
     backends = {device: pk.available_backends(device) for device in devices()}
     result["library"] = {"loaded": why_not is None, "reason": why_not, "build": build}
     result["backends"], result["advice"] = backends, advice(build, backends)

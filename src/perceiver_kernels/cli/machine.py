@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from perceiver_kernels import __version__
-from perceiver_kernels._library import load, native
+from perceiver_kernels._library import missing, native
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -60,7 +60,7 @@ def commit() -> str | None:
 
 def build() -> dict[str, Any]:
     """What the compiled library was built for, and which instruction set this machine uses; {} without it."""
-    return dict(native.build_info()) if load() is None and native is not None else {}
+    return dict(native.build_info()) if missing is None and native is not None else {}
 
 
 def machine() -> dict[str, Any]:

@@ -10,12 +10,22 @@ from perceiver_kernels.spec import empty_outputs
 from perceiver_kernels.testing.budget import relative_error
 from perceiver_kernels.testing.cases import CASES, Case
 
-SOME = ("ragged", "short_queries", "more_queries_than_keys", "dim_7", "sliced_decode", "all_options", "packed")
+SOME = (
+    "ragged",
+    "short_queries",
+    "more_queries_than_keys",
+    "dim_7",
+    "sliced_decode",
+    "all_options",
+    "packed",
+)
 RUNS = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
 RUNS += [(BY_NAME[name], dtype) for name in SOME for dtype in (torch.float64, torch.float16)]
 
 
-@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda x: x.name if isinstance(x, Case) else DTYPE_NAMES[x])
+@pytest.mark.parametrize(
+    ("case", "dtype"), RUNS, ids=lambda x: x.name if isinstance(x, Case) else DTYPE_NAMES[x]
+)
 def test_every_backend_within_budget(case: Case, dtype: torch.dtype) -> None:
     inputs, allowed = answers(case, dtype)
     before = [t.clone() for t in (inputs.query, inputs.key, inputs.value, inputs.dout, inputs.dlse)]

@@ -195,7 +195,9 @@ def test_merge_calls(outs: list[Any], lses: list[Any], error: type[Exception], m
 
 def test_nothing_can_serve() -> None:
     query, key, value = (t(2, 2, 5, 8, device="meta") for _ in range(3))
-    with pytest.raises(ValueError, match=r"^no backend can serve query \(2, 2, 5, 8\) float32 on meta") as caught:
+    with pytest.raises(
+        ValueError, match=r"^no backend can serve query \(2, 2, 5, 8\) float32 on meta"
+    ) as caught:
         pk.perceiver_attention(query, key, value)
     reasons = str(caught.value).splitlines()[1:]
     assert [reason.split(":")[0].strip() for reason in reasons] == list(pk.available_backends("meta"))

@@ -93,7 +93,7 @@ def test_double_backward_says_so(backend: str) -> None:
     query = inputs.query.requires_grad_()
     out = pk.perceiver_attention(query, inputs.key, inputs.value, backend=backend)
     (dq,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(NotImplementedError, match="^perceiver_attention: double backward is not supported$"):
+    with pytest.raises(NotImplementedError, match=r"^perceiver_attention: double backward is not supported$"):
         dq.sum().backward()
 
 

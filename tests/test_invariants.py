@@ -44,7 +44,9 @@ def test_one_thread_or_two(backend: str, dtype: torch.dtype, case: Case) -> None
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("name", ["ragged", "decode", "grouped_heads", "dropout", "offset_per_example", "left_padding"])
+@pytest.mark.parametrize(
+    "name", ["ragged", "decode", "grouped_heads", "dropout", "offset_per_example", "left_padding"]
+)
 def test_an_example_does_not_know_of_the_others(backend: str, name: str) -> None:
     inputs = make_inputs(BY_NAME[name], torch.float32)
 

@@ -79,9 +79,7 @@ def test_compile_with_dynamic_shapes_does_not_recompile(backend: str) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for queries, keys in ((4, 9), (16, 33), (50, 20)):
             tensors = arguments(queries, keys)
-            want = pk.perceiver_attention(
-                *tensors[:3], key_mask=tensors[3], return_lse=True, backend=backend
-            )
+            want = pk.perceiver_attention(*tensors[:3], key_mask=tensors[3], return_lse=True, backend=backend)
             assert_equal(attend(*tensors), want)
 
 
@@ -149,7 +147,9 @@ def test_autocast(backend: str) -> None:
     assert (got[0].dtype, got[1].dtype, got[2].dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert_equal(tuple(t.float() for t in got), tuple(t.float() for t in want))
     assert double[0].dtype == double[1].dtype == torch.float64
-    wide = pk.perceiver_attention(query.double(), key.double(), value.double(), backend=backend, return_lse=True)
+    wide = pk.perceiver_attention(
+        query.double(), key.double(), value.double(), backend=backend, return_lse=True
+    )
     assert_equal(double, wide)
 
 

@@ -11,7 +11,9 @@ from perceiver_kernels.testing.inputs import make_inputs
 
 
 @pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize("name", ["packed", "packed_not_causal", "packed_offset", "packed_offset_per_example"])
+@pytest.mark.parametrize(
+    "name", ["packed", "packed_not_causal", "packed_offset", "packed_offset_per_example"]
+)
 def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
     case = BY_NAME[name]
     inputs = make_inputs(case, torch.float32)
@@ -33,7 +35,12 @@ def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
         dout = inputs.dout[rows].transpose(0, 1).unsqueeze(0)
         gradients = torch.autograd.grad((out, lse), leaves, (dout, inputs.dlse[:, rows].unsqueeze(0)))
         assert torch.equal(packed["lse"][:, rows], lse[0])
-        parts = ((rows, "out", out), (rows, "dq", gradients[0]), (keys, "dk", gradients[1]), (keys, "dv", gradients[2]))
+        parts = (
+            (rows, "out", out),
+            (rows, "dq", gradients[0]),
+            (keys, "dk", gradients[1]),
+            (keys, "dv", gradients[2]),
+        )
         for part, tensor, alone in parts:
             torch.testing.assert_close(packed[tensor][part], alone[0].transpose(0, 1), rtol=0, atol=0)
 
@@ -52,10 +59,17 @@ def test_nothing_packed(backend: str, lengths: list[int]) -> None:
 @pytest.mark.parametrize("backend", USABLE)
 def test_one_offset_for_all_is_that_offset_for_each(backend: str) -> None:
     inputs = make_inputs(BY_NAME["packed_offset"], torch.float32)
-    each = torch.full((inputs.kwargs["cu_seqlens_q"].numel() - 1,), inputs.kwargs["q_offset"], dtype=torch.int32)
+    each = torch.full(
+        (inputs.kwargs["cu_seqlens_q"].numel() - 1,), inputs.kwargs["q_offset"], dtype=torch.int32
+    )
     want = inputs.attend(inputs.query, inputs.key, inputs.value, backend)
     got = pk.perceiver_attention_varlen(
-        inputs.query, inputs.key, inputs.value, return_lse=True, backend=backend, **inputs.kwargs | {"q_offset": each}
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        return_lse=True,
+        backend=backend,
+        **inputs.kwargs | {"q_offset": each},
     )
     assert refusal(backend, BY_NAME["packed_offset"]) is None
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

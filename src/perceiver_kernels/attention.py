@@ -42,18 +42,21 @@ def perceiver_attention(
         scale: factor on query . key; None for D ** -0.5.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         dropout_p: probability in [0, 1) with which a normalised attention weight is dropped.
-        dropout_seed: 64-bit seed of the dropout bits, which are a function of the seed and the place (b, h, i, j)
-            alone; None draws one from torch's generator.
+        dropout_seed: 64-bit seed of the dropout bits, which are a function of the seed and the place
+            (b, h, i, j) alone; None draws one from torch's generator.
         return_lse: also return the log-sum-exp.
-        backend: a name from :func:`available_backends`, which then runs or raises; None takes the first that can.
+        backend: a name from :func:`available_backends`, which then runs or raises; None takes the first
+            that can serve the call.
 
     Returns:
-        Tensor (B, H, M, Dv) in query's dtype, a transposed (B, M, H, Dv) where query is one; with ``return_lse`` also the
-        natural log-sum-exp of the scores, (B, H, M) float32 (float64 for float64). Both are differentiable, once.
+        Tensor (B, H, M, Dv) in query's dtype, a transposed (B, M, H, Dv) where query is one; with
+        ``return_lse`` also the natural log-sum-exp of the scores, (B, H, M) float32 (float64 for float64).
+        Both are differentiable, once.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, device or value, or no (or not the named) backend can serve.
+        ValueError: an argument has the wrong shape, device or value, or no backend, or not the named one,
+            can serve the call.
     """
     query, key, value = _autocast(query, key, value)
     spec = make_spec(
@@ -90,9 +93,9 @@ def perceiver_attention_varlen(
 ) -> Any:
     """:func:`perceiver_attention` over B sequences of any lengths, packed one after the other.
 
-    Sequence b owns query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and key rows ``cu_seqlens_k[b]`` to
-    ``cu_seqlens_k[b + 1]``, and is computed as if it were alone: ``q_offset=None`` is its own key count minus its
-    own query count, and dropout's (b, h, i, j) counts within it.
+    Sequence b owns query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and key rows ``cu_seqlens_k[b]``
+    to ``cu_seqlens_k[b + 1]``, and is computed as if it were alone: ``q_offset=None`` is its own key count
+    minus its own query count, and dropout's (b, h, i, j) counts within it.
 
     Args:
         query: (Tq, H, D), float32, bfloat16, float16 or float64.

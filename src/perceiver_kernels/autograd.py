@@ -14,7 +14,7 @@ _OPTIONS = (
     "Tensor? q_offsets, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, "
     "SymInt q_offset, bool is_causal, float scale, float softcap, float dropout_p, str backend"
 )
-_library = torch.library.Library("perceiver_kernels", "FRAGMENT")
+_library: Any = torch.library.Library("perceiver_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 )
@@ -30,7 +30,8 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backend: str
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` from the named backend, differentiable. The caller has checked that it can serve."""
-    return torch.ops.perceiver_kernels.attention_forward(query, key, value, *_pack(spec, backend))
+    out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *_pack(spec, backend))
+    return out, lse
 
 
 def _pack(spec: AttentionSpec, backend: str) -> tuple[Any, ...]:
@@ -51,14 +52,16 @@ def _pack(spec: AttentionSpec, backend: str) -> tuple[Any, ...]:
 
 
 def _unpack(options: tuple[Any, ...]) -> tuple[AttentionSpec, str]:
-    offsets, mask, cu_seqlens_q, cu_seqlens_k, seed, offset, is_causal, scale, softcap, dropout_p, backend = options
+    offsets, mask, cu_seqlens_q, cu_seqlens_k, seed, offset, is_causal, scale, softcap, dropout_p, backend = (
+        options
+    )
     spec = AttentionSpec(
         is_causal, offset, scale, softcap, dropout_p, offsets, mask, cu_seqlens_q, cu_seqlens_k, seed
     )
     return spec, backend
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
     spec, backend = _unpack(options)
     check_contents(query, key, spec)
     with torch.autocast(query.device.type, enabled=False):  # the backend's own arithmetic is not to be recast
@@ -74,7 +77,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     spec, backend = _unpack(options)
     with torch.autocast(query.device.type, enabled=False):
         return BACKENDS[backend].backward(dout, dlse, query, key, value, out, lse, spec)

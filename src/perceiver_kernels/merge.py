@@ -13,13 +13,14 @@ from perceiver_kernels.spec import check_dtype, dtype_name
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """What one call over all keys gives, from calls over disjoint parts of them.
 
-    With ``lse = logsumexp_p lses[p]``, ``out = sum_p exp(lses[p] - lse) * outs[p]`` (Dao et al. 2023, Flash-Decoding).
+    With ``lse = logsumexp_p lses[p]``, ``out = sum_p exp(lses[p] - lse) * outs[p]`` (Dao et al. 2023,
+    Flash-Decoding).
     Sums are in lse's precision; plain torch operations, so gradients flow to every part.
 
     Args:
         outs: the parts' outputs, each (B, H, M, Dv).
-        lses: the parts' log-sum-exps, each (B, H, M) float32 or float64; -inf where a part saw no key, and a row
-            that no part saw gives out 0 and lse -inf with zero gradients.
+        lses: the parts' log-sum-exps, each (B, H, M) float32 or float64; -inf where a part saw no key, and a
+            row that saw none in any part gives out 0 and lse -inf with zero gradients.
 
     Returns:
         ``(out, lse)``: (B, H, M, Dv) in the dtype of ``outs``, (B, H, M) in that of ``lses``.
@@ -55,9 +56,8 @@ def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
                 kinds = dtype_name(tensor.dtype), dtype_name(tensors[0].dtype)
                 raise TypeError(f"{name}[{i}] is {kinds[0]}, but {name}[0] is {kinds[1]}")
             if tensor.shape != tensors[0].shape:
-                raise ValueError(
-                    f"{name}[{i}] has shape {tuple(tensor.shape)}, but {name}[0] has {tuple(tensors[0].shape)}"
-                )
+                shapes = tuple(tensor.shape), tuple(tensors[0].shape)
+                raise ValueError(f"{name}[{i}] has shape {shapes[0]}, but {name}[0] has {shapes[1]}")
     if outs[0].shape[:-1] != lses[0].shape:
         raise ValueError(
             f"lses must have outs' shape without its last dimension, got {tuple(lses[0].shape)} "

@@ -1,7 +1,7 @@
 """The specification: perceiver attention in eager PyTorch, every option, nothing clever.
 
-Every other backend answers to this file. It builds the whole (B, H, M, N) score matrix and works in float32, or
-in float64 for float64 inputs.
+Every other backend answers to this file. It builds the whole (B, H, M, N) score matrix and works in float32,
+or in float64 for float64 inputs.
 
 Sources: Hawthorne et al. 2022 (Perceiver AR, arXiv 2202.07765) for the attention; Dao et al. 2022
 (FlashAttention, arXiv 2205.14135, appendix B) for the gradient from ``(out, lse)``; Salmon et al. 2011
@@ -122,13 +122,13 @@ def backward(
     dq, dk, dv = empty_gradients(query, key, value)
     for problem in dense_problems(spec):
         q, k, v, seen = _operands(problem, query, key, value)
-        grouped = q.shape[1:3]
-        row_lse = problem.rows(lse).to(q.dtype).unflatten(1, grouped).unsqueeze(-1)
+        kv_heads = q.shape[1]
+        row_lse = _grouped(problem.rows(lse).to(q.dtype).unsqueeze(-1), kv_heads)
         dead = row_lse == -torch.inf
-        grad = problem.q(dout).to(q.dtype).unflatten(1, grouped).masked_fill(dead, 0.0)
-        delta = (grad * problem.q(out).to(q.dtype).unflatten(1, grouped)).sum(-1, keepdim=True)
+        grad = _grouped(problem.q(dout).to(q.dtype), kv_heads).masked_fill(dead, 0.0)
+        delta = (grad * _grouped(problem.q(out).to(q.dtype), kv_heads)).sum(-1, keepdim=True)
         if dlse is not None:
-            row_dlse = problem.rows(dlse).to(q.dtype).unflatten(1, grouped).unsqueeze(-1)
+            row_dlse = _grouped(problem.rows(dlse).to(q.dtype).unsqueeze(-1), kv_heads)
             delta = delta - row_dlse.masked_fill(dead, 0.0)
 
         scores = score(_dot(q, k) * spec.scale, spec)
@@ -143,7 +143,8 @@ def backward(
     return dq, dk, dv
 
 
-# Heads are grouped by the key head they share: query-like tensors are (B, Hkv, G, M, D), scores (B, Hkv, G, M, N).
+# Heads are grouped by the key head they share: query-like tensors are (B, Hkv, G, M, D), scores
+# (B, Hkv, G, M, N).
 
 
 def _operands(
@@ -157,8 +158,13 @@ def _operands(
     q, k, v = problem.q(query).to(dtype), problem.k(key).to(dtype), problem.k(value).to(dtype)
     seen = visible(problem.spec, q.shape[2], k.shape[2], q.device)
     unseen_keys = ~seen.any(1)[:, None, :, None]
-    q = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
-    return q, k.masked_fill(unseen_keys, 0.0), v.masked_fill(unseen_keys, 0.0), seen[:, None, None]
+    k, v = k.masked_fill(unseen_keys, 0.0), v.masked_fill(unseen_keys, 0.0)
+    return _grouped(q, k.shape[1]), k, v, seen[:, None, None]
+
+
+def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
+    batch, heads, rows, dim = tensor.shape
+    return tensor.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
 
 
 def _dropout(problem: DenseProblem, scores: Tensor) -> Tensor | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator
@@ -132,9 +133,9 @@ def check_contents(query: Tensor, key: Tensor, spec: AttentionSpec) -> None:
         lengths = cu_seqlens.tolist()
         if lengths[0] != 0:
             raise ValueError(f"{name} must start at 0, got {lengths[0]}")
-        for i, (before, after) in enumerate(zip(lengths, lengths[1:], strict=False)):
+        for i, (before, after) in enumerate(itertools.pairwise(lengths), start=1):
             if after < before:
-                raise ValueError(f"{name} must not decrease, got {before} then {after} at index {i + 1}")
+                raise ValueError(f"{name} must not decrease, got {before} then {after} at index {i}")
         if lengths[-1] != total:
             rows = "query" if name == "cu_seqlens_q" else "key"
             raise ValueError(f"{name} must end at {rows}'s {total} rows, got {lengths[-1]}")
@@ -148,9 +149,9 @@ def check_contents(query: Tensor, key: Tensor, spec: AttentionSpec) -> None:
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised ``(out, lse)`` for any backend and for the fakes.
 
-    ``out`` has query's shape with value's head dim and lies in memory as query does: (B, M, H, Dv) seen through
-    a transpose where query is such a view, contiguous otherwise. ``lse`` is (B, H, M), packed (H, Tq), in
-    float32 (float64 for float64).
+    ``out`` has query's shape with value's head dim and lies in memory as query does: (B, M, H, Dv) seen
+    through a transpose where query is such a view, contiguous otherwise. ``lse`` is (B, H, M), packed
+    (H, Tq), in float32 (float64 for float64).
     """
     lse_dtype = accumulator_dtype(query)
     if query.dim() == 3:
@@ -324,16 +325,17 @@ def _check_bool(name: str, value: Any) -> None:
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> int:
+    number: int = value
     if not isinstance(value, (int, torch.SymInt)):
         try:
-            value = operator.index(value)
+            number = operator.index(value)
         except TypeError:
             raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got bool")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {_power(low)} and {_power(high)}, got {value}")
-    return value
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be between {_power(low)} and {_power(high)}, got {number}")
+    return number
 
 
 def _check_float(name: str, value: Any) -> float:

@@ -1,20 +1,22 @@
 """Torch's own ``scaled_dot_product_attention`` under an explicit bottom-right mask: fallback and baseline.
 
-On a CPU this calls the fused kernel that ``scaled_dot_product_attention`` itself chooses there, through the ATen
-operators that hand out lse and take ``(out, lse)`` back. Torch has no such pair for every device, so elsewhere
-``out`` comes from the public function, lse from a score matrix, and the gradients from autograd through both.
+On a CPU this calls the fused kernel that ``scaled_dot_product_attention`` itself chooses there, through the
+ATen operators that hand out lse and take ``(out, lse)`` back. Torch has no such pair for every device, so
+elsewhere ``out`` comes from the public function, lse from a score matrix, and the gradients from the
+specification's own formulas.
 
 Memory grows with M x N (the mask), which torch's interface leaves no way around.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_kernels.reference import backward as reference_backward
 from perceiver_kernels.reference import visible
 from perceiver_kernels.spec import (
     AttentionSpec,
@@ -39,7 +41,9 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) 
     if spec.softcap:
         reasons.append(f"softcap={spec.softcap}: torch's scaled_dot_product_attention has no soft cap")
     if spec.dropout_p:
-        reasons.append(f"dropout_p={spec.dropout_p}: torch's dropout draws other bits than the contract's Philox")
+        reasons.append(
+            f"dropout_p={spec.dropout_p}: torch's dropout draws other bits than the contract's Philox"
+        )
     return reasons
 
 
@@ -65,6 +69,8 @@ def backward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` from the residuals."""
+    if not _has_fused(query.device):
+        return reference_backward(dout, dlse, query, key, value, out, lse, spec)
     dq, dk, dv = empty_gradients(query, key, value)
     for problem in dense_problems(spec):
         call = _bind(problem.q(query), problem.k(key), problem.k(value), problem.spec)
@@ -88,7 +94,9 @@ class _Call:
     q: Tensor  # (B, H, M, D)
     k: Tensor  # (B, Hkv, N, D), zero where unseen
     v: Tensor  # (B, Hkv, N, Dv), zero where unseen
-    bias: Tensor | None  # (1 or B, 1, M, N), 0 or -inf; None where every query sees every key or is_causal says it
+    bias: (
+        Tensor | None
+    )  # (1 or B, 1, M, N), 0 or -inf; None where every query sees every key or is_causal says it
     is_causal: bool  # torch's, which is top-left
     scale: float
     dead: Tensor  # (1 or B, 1, M): sees no key
@@ -112,8 +120,10 @@ def _bind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> _Call:
 def _forward(call: _Call) -> tuple[Tensor, Tensor]:
     q, k, v = call.q, call.k, call.v
     if q.numel() == 0 or k.numel() == 0:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1]), call.dead.new_zeros(q.shape[:-1], dtype=accumulator_dtype(q))
-    if q.device.type != "cpu":
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), call.dead.new_zeros(
+            q.shape[:-1], dtype=accumulator_dtype(q)
+        )
+    if not _has_fused(q.device):
         return _public_function(call), _row_lse(call)
     width = max(q.shape[-1], v.shape[-1])  # the kernel wants one head dim; zeros add nothing
     out, lse = _fused(
@@ -129,12 +139,10 @@ def _backward(
     q, k, v = call.q, call.k, call.v
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if q.device.type != "cpu":
-        return _public_gradients(call, dout, dlse)
     width = max(q.shape[-1], v.shape[-1] + (dlse is not None))
     wide_v, wide_dout = _widen(v, width), _widen(dout, width)
     if dlse is not None:
-        # dS = P * (dout V^T - rowsum(dout * out) + dlse): one more column, of dlse in dout, 1 in V and 0 in out.
+        # dS = P * (dout V^T - rowsum(dout * out) + dlse): one more column, dlse in dout, 1 in V, 0 in out.
         wide_v[..., v.shape[-1]] = 1.0
         wide_dout[..., v.shape[-1]] = dlse
     dq, dk, dv = _fused_backward(
@@ -142,6 +150,10 @@ def _backward(
         attn_mask=call.bias, scale=call.scale,
     )  # fmt: skip
     return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _has_fused(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _widen(tensor: Tensor, width: int) -> Tensor:
@@ -154,28 +166,19 @@ def _widen(tensor: Tensor, width: int) -> Tensor:
 def _public_function(call: _Call) -> Tensor:
     # Some of torch's kernels give NaN for a row without keys: such rows see all, and are overwritten.
     bias = None if call.bias is None else call.bias.masked_fill(call.dead[:, :, :, None], 0.0)
-    return F.scaled_dot_product_attention(
+    out: Tensor = F.scaled_dot_product_attention(
         call.q, call.k, call.v, bias, is_causal=call.is_causal, scale=call.scale,
         enable_gqa=call.q.shape[1] != call.k.shape[1],
     )  # fmt: skip
+    return out
 
 
 def _row_lse(call: _Call) -> Tensor:
-    dtype = accumulator_dtype(call.q)
-    q = call.q.to(dtype).unflatten(1, (call.k.shape[1], -1))
+    dtype, (batch, kv_heads) = accumulator_dtype(call.q), call.k.shape[:2]
+    q = call.q.to(dtype).reshape(batch, kv_heads, -1, *call.q.shape[2:])
     scores = (q @ call.k.to(dtype).unsqueeze(2).mT * call.scale).flatten(1, 2)
     if call.is_causal:
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
     elif call.bias is not None:
         scores = scores + call.bias.masked_fill(call.dead[:, :, :, None], 0.0)
     return scores.logsumexp(-1)
-
-
-def _public_gradients(call: _Call, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = tuple(t.detach().requires_grad_() for t in (call.q, call.k, call.v))
-        again = replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
-        results, gradients = [_public_function(again)], [dout]
-        if dlse is not None:
-            results, gradients = [*results, _row_lse(again)], [*gradients, dlse]
-        return torch.autograd.grad(results, leaves, gradients)

@@ -18,14 +18,14 @@ _SCORES = 2**22  # how many scores the float64 reference takes at a time
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The L2 norm of the difference over that of ``want``, in float64; where ``want`` is 0, of ``got`` per element.
+    """The L2 norm of the difference over that of ``want``, in float64; of ``got`` per element if that is 0.
 
     Equal infinities (the lse of dead rows) count as no difference; NaN where ``want`` has none gives NaN.
     """
     got, want = got.double(), want.double()
     difference = torch.where(got == want, 0.0, got - want)
     norm = want[want.isfinite()].norm().item()
-    return difference.norm().item() / (norm or max(want.numel(), 1) ** 0.5)
+    return float(difference.norm().item() / (norm or max(want.numel(), 1) ** 0.5))
 
 
 def budget(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
@@ -40,9 +40,9 @@ def budget(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
 
 
 def math_reference(inputs: Inputs) -> dict[str, Tensor]:
-    """``out, lse, dq, dk, dv`` by matmul, float32 softmax and matmul in the inputs' own dtype, and its autograd."""
+    """``out, lse, dq, dk, dv`` by matmul, float32 softmax, matmul in the inputs' dtype, and autograd."""
     leaves = tuple(t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value))
-    out, lse = _plain(*leaves, inputs.spec())
+    out, lse = _plain(leaves[0], leaves[1], leaves[2], inputs.spec())
     outputs, gradients = (
         ((out,), (inputs.dout,)) if inputs.dlse is None else ((out, lse), (inputs.dout, inputs.dlse))
     )
@@ -69,7 +69,9 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> tu
 
 def reference64(inputs: Inputs) -> dict[str, Tensor]:
     """``out, lse, dq, dk, dv`` of the specification in float64; long inputs go by chunks of keys."""
-    query, key, value, dout = (t.detach().double() for t in (inputs.query, inputs.key, inputs.value, inputs.dout))
+    query, key, value, dout = (
+        t.detach().double() for t in (inputs.query, inputs.key, inputs.value, inputs.dout)
+    )
     dlse = None if inputs.dlse is None else inputs.dlse.double()
     chunks = list(_key_chunks(query, key, inputs.spec()))
     parts = [reference.forward(query, key[..., keys, :], value[..., keys, :], spec) for keys, spec in chunks]

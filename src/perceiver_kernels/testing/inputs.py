@@ -41,8 +41,10 @@ class Inputs:
     def run(self, backend: str | None) -> dict[str, Tensor]:
         """``out, lse, dq, dk, dv`` of the public op; without ``dlse`` no gradient enters through lse."""
         leaves = tuple(t.detach().requires_grad_() for t in (self.query, self.key, self.value))
-        out, lse = self.attend(*leaves, backend)
-        outputs, gradients = ((out,), (self.dout,)) if self.dlse is None else ((out, lse), (self.dout, self.dlse))
+        out, lse = self.attend(leaves[0], leaves[1], leaves[2], backend)
+        outputs, gradients = (
+            ((out,), (self.dout,)) if self.dlse is None else ((out, lse), (self.dout, self.dlse))
+        )
         dq, dk, dv = torch.autograd.grad(outputs, leaves, gradients)
         return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
@@ -66,7 +68,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         batch, (queries, keys) = len(case.lengths), ends[-1].tolist()
         query, key, value = (
             _laid_out(normal, case.strides, 1, heads, rows, dim).squeeze(0).transpose(0, 1)
-            for heads, rows, dim in ((case.H, queries, case.D), (case.Hkv, keys, case.D), (case.Hkv, keys, case.Dv))
+            for heads, rows, dim in (
+                (case.H, queries, case.D),
+                (case.Hkv, keys, case.D),
+                (case.Hkv, keys, case.Dv),
+            )
         )
         dout = normal(queries, case.H, case.Dv)
         kwargs |= {"cu_seqlens_q": ends[:, 0].to(device), "cu_seqlens_k": ends[:, 1].to(device)}

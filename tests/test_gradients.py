@@ -26,8 +26,8 @@ SMALL = [
     Case("offsets", 2, 2, 1, 3, 5, 4, 3, q_offset="per_example", strides="transposed"),
     Case("packed", 1, 2, 1, 0, 0, 3, 2, lengths=((2, 4), (3, 1), (0, 2))),
 ]
-PAIRED = ("ragged", "more_queries_than_keys", "grouped_heads", "odd_dims", "offset_per_example_masked", "softcap",
-          "dropout", "packed", "all_options")  # fmt: skip
+PAIRED = ("ragged", "more_queries_than_keys", "grouped_heads", "odd_dims", "offset_per_example_masked",
+          "softcap", "dropout", "packed", "all_options")  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", USABLE)

@@ -1,4 +1,4 @@
-"""The same bits whatever runs beside; NaN and infinity go where the mathematics sends them, and nowhere else."""
+"""The same bits whatever runs beside; NaN and infinity go where the mathematics sends them, nowhere else."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_an_example_does_not_know_of_the_others(backend: str, name: str) -> None
 
 
 POISONED = ("offset_static_cache", "offset_decode", "left_padding", "right_padding", "dead_example", "masked",
-            "offset_before_all", "offset_per_example_masked", "packed_offset_per_example", "packed_offset")  # fmt: skip
+            "offset_before_all", "offset_per_example_masked", "packed_offset_per_example",
+            "packed_offset")  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", USABLE)

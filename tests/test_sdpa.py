@@ -10,7 +10,8 @@ from perceiver_kernels.backends import sdpa
 from perceiver_kernels.testing.budget import relative_error
 
 NAMES = ("ragged", "square", "grouped_heads", "transposed_grouped", "more_queries_than_keys", "left_padding",
-         "dead_example", "not_causal", "offset_per_example_masked", "narrow_values", "offset_static_cache")  # fmt: skip
+         "dead_example", "not_causal", "offset_per_example_masked", "narrow_values",
+         "offset_static_cache")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

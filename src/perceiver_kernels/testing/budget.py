@@ -18,7 +18,7 @@ _SCORES = 2**22  # how many scores the float64 reference takes at a time
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The L2 norm of the difference over that of ``want``, in float64; of ``got`` per element if that is 0.
+    """The L2 norm of the difference over that of ``want``; of the difference per element if ``want`` is 0.
 
     Equal infinities (the lse of dead rows) count as no difference; NaN where ``want`` has none gives NaN.
     """
@@ -31,8 +31,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def budget(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     """1.5 times the error of ``plain``, the result of :func:`math_reference` in ``dtype``.
 
-    And never less than rounding the exact result to its own dtype plus a few roundings of the accumulator: the
-    plain computation gets some tensors exactly right, and float64 itself is not exact.
+    And never less than rounding the exact result to its own dtype plus a few roundings of the accumulator:
+    the plain computation gets some tensors exactly right, and float64 itself is not exact.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     floor = torch.finfo(plain.dtype).eps / 2 + 16 * torch.finfo(accumulator).eps
@@ -87,7 +87,7 @@ def reference64(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _key_chunks(query: Tensor, key: Tensor, spec: AttentionSpec) -> Iterator[tuple[slice, AttentionSpec]]:
-    """Disjoint runs of keys and the call restricted to each: every option but dropout is a matter of the offset."""
+    """Disjoint runs of keys and the call restricted to each: for all but dropout a matter of the offset."""
     keys = key.shape[-2]
     chunk = _SCORES // max(query.shape[:-1].numel(), 1)
     if spec.is_packed or spec.dropout_p or keys <= chunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     return Inputs(query, key, value, dout, dlse, kwargs)
 
 
-def _laid_out(normal: Any, strides: str, batch: int, heads: int, rows: int, dim: int) -> Tensor:
+def _laid_out(
+    normal: Callable[..., Tensor], strides: str, batch: int, heads: int, rows: int, dim: int
+) -> Tensor:
     """A (B, H, rows, dim) tensor that lies in memory as ``strides`` says."""
     if strides == "transposed":
         tensor = normal(batch, rows, heads, dim).transpose(1, 2)

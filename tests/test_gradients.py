@@ -84,6 +84,7 @@ def test_gradient_through_lse_alone_and_out_alone(backend: str) -> None:
     both = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
     for a, b, c in zip(from_out, from_lse, both, strict=True):
         torch.testing.assert_close(a + b, c)
+    assert from_lse[0].any()
     assert (from_lse[2] == 0).all()
 
 

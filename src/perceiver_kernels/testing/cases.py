@@ -36,8 +36,8 @@ _LENGTHS = ((5, 40), (33, 33), (0, 7), (1, 90), (17, 3), (4, 0), (64, 130))
 CASES: tuple[Case, ...] = (
     # shapes
     Case("ragged"),
-    Case("tiles", M=192, N=640),
-    Case("long", B=1, H=2, Hkv=2, M=70, N=5003),
+    Case("tiles", B=1, H=2, Hkv=2, M=192, N=640),
+    Case("long", B=1, H=1, Hkv=1, M=70, N=5003),
     Case("decode", M=1, N=257),
     Case("decode_long", B=1, H=2, Hkv=1, M=1, N=4099),
     Case("short_queries", M=5, N=300),

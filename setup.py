@@ -1,8 +1,9 @@
 """Builds the compiled libraries with CMake and Ninja; everything else is in pyproject.toml.
 
 Without a working compiler the package installs all the same: the pure PyTorch backends need none.
-PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out; CI makes warnings errors;
-PERCEIVER_KERNELS_EMULATED_SET adds kernels that run the AVX-512 code paths, slowly, on any processor, for tests.
+Environment: PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out;
+PERCEIVER_KERNELS_EMULATED_SET=1 adds kernels that run the AVX-512 code paths, slowly, on any processor, for
+tests; CI=1 makes compiler warnings errors.
 """
 
 import os
@@ -42,8 +43,8 @@ class CMakeBuild(build_ext):
             if mode == "require":
                 raise
             print(
-                f"perceiver_kernels: the compiled kernels were not built ({error}); installing without them. "
-                "The sdpa and reference backends work; install a C++17 compiler and reinstall for the cpu backend.",
+                f"perceiver_kernels: the compiled kernels were not built ({error}). "
+                "The sdpa and reference backends work; for the cpu backend, reinstall with a C++17 compiler.",
                 file=sys.stderr,
             )
 

@@ -21,7 +21,6 @@ from perceiver_kernels.cli import bench, charts, demo, doctor, main, measure, re
 from perceiver_kernels.cli.corpus import deflate_bits, load_corpus, sources
 from perceiver_kernels.cli.fresh import in_fresh_process
 from perceiver_kernels.cli.memory import peak_growth
-from perceiver_kernels.cli.muon import orthogonalise
 from perceiver_kernels.cli.train import HeldOut, Recipe, train
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
@@ -328,14 +327,6 @@ def test_training_is_reproducible_and_lengthens_its_context() -> None:
     assert [p["context"] for p in runs[0]] == [32, 32, 32, 64, 64]
     assert [p["held_out_bits"] for p in runs[0] if "held_out_bits" in p] == [32.0, 32.0, 64.0]
     assert [p.get("train_bits") for p in runs[0]] == [p.get("train_bits") for p in runs[1]]
-
-
-def test_muon_orthogonalises() -> None:
-    torch.manual_seed(0)
-    for shape in ((2, 8, 8), (1, 5, 20), (3, 20, 5)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-        assert values.min() > 0.3  # the paper's quintic leaves singular values between about 0.7 and 1.2
-        assert values.max() < 1.3
 
 
 def test_counts_visible_pairs() -> None:

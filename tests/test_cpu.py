@@ -1,4 +1,4 @@
-"""What only the CPU kernels promise: every instruction set, bounded memory, 64-bit addresses, safe direct calls."""
+"""What only the CPU kernels promise: all instruction sets, bounded memory, 64-bit addresses, safe direct calls."""
 
 import subprocess
 import sys
@@ -47,7 +47,9 @@ def run(n):
 run(4096)
 print(run(65536))
 """
-    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
     assert int(printed) < 64 * 2**20
 
 

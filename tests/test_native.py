@@ -62,7 +62,9 @@ def test_an_unknown_set_is_refused_by_name(monkeypatch):
 )
 def test_exp2_is_accurate(isa, function, dtype, low, bound):
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.uniform(low, 0, 4999), rng.uniform(-1, 1, 5000), [0.0, -0.5, 0.5, -1]]).astype(dtype)
+    x = np.concatenate([rng.uniform(low, 0, 4999), rng.uniform(-1, 1, 5000), [0.0, -0.5, 0.5, -1]]).astype(
+        dtype
+    )
     assert relative(getattr(native, function)(x), np.exp2(x.astype(np.float64))) < bound
 
 
@@ -84,7 +86,8 @@ def test_tanh_keeps_relative_accuracy_near_zero(isa, function, dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "columns", "depth"), [(1, 1, 1), (6, 64, 64), (7, 65, 3), (11, 15, 33), (64, 130, 129), (5, 48, 256)]
+    ("rows", "columns", "depth"),
+    [(1, 1, 1), (6, 64, 64), (7, 65, 3), (11, 15, 33), (64, 130, 129), (5, 48, 256)],
 )
 def test_packing_and_tiles_multiply(isa, dtype, rows, columns, depth):
     torch.manual_seed(rows)
@@ -109,7 +112,7 @@ def test_matmul_hook_refuses_what_does_not_fit():
     a = np.zeros((2, 3), np.float32)
     with pytest.raises(ValueError, match="a and b must be contiguous matrices"):
         native.matmul("float32", a, a)
-    with pytest.raises(ValueError, match='dtype must be float32, .* got "int8"'):
+    with pytest.raises(ValueError, match=r'dtype must be float32, .* got "int8"'):
         native.matmul("int8", a, a.T)
 
 
@@ -141,12 +144,12 @@ def test_visible_keys_is_the_rule():
 
 
 SHAPES = [
-    dict(heads=8, kv_heads=8, queries=1024, keys=16384, dim=64, value_dim=64),
-    dict(heads=1, kv_heads=1, queries=256, keys=131072, dim=64, value_dim=64),
-    dict(heads=8, kv_heads=2, queries=1, keys=131072, dim=128, value_dim=128),
-    dict(heads=4, kv_heads=2, queries=3000, keys=3000, dim=512, value_dim=512),
-    dict(heads=2, kv_heads=1, queries=5, keys=1, dim=7, value_dim=9),
-    dict(heads=1, kv_heads=1, queries=3, keys=0, dim=8, value_dim=8),
+    {"heads": 8, "kv_heads": 8, "queries": 1024, "keys": 16384, "dim": 64, "value_dim": 64},
+    {"heads": 1, "kv_heads": 1, "queries": 256, "keys": 131072, "dim": 64, "value_dim": 64},
+    {"heads": 8, "kv_heads": 2, "queries": 1, "keys": 131072, "dim": 128, "value_dim": 128},
+    {"heads": 4, "kv_heads": 2, "queries": 3000, "keys": 3000, "dim": 512, "value_dim": 512},
+    {"heads": 2, "kv_heads": 1, "queries": 5, "keys": 1, "dim": 7, "value_dim": 9},
+    {"heads": 1, "kv_heads": 1, "queries": 3, "keys": 0, "dim": 8, "value_dim": 8},
 ]
 
 

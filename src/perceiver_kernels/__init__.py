@@ -13,7 +13,9 @@ from perceiver_kernels.dispatch import available_backends
 from perceiver_kernels.merge import merge_attention
 
 if _library.missing is not None:  # calls go to torch's own attention then: not silently
-    warnings.warn(f"perceiver_kernels has no cpu backend here: {_library.missing}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"perceiver_kernels has no cpu backend here: {_library.missing}", RuntimeWarning, stacklevel=2
+    )
 
 if TYPE_CHECKING:
     from perceiver_kernels.layers import CrossAttention

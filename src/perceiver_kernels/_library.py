@@ -1,4 +1,4 @@
-"""The compiled libraries: ``_C`` (torch operators) and ``_native`` (build facts, probes, kernel internals)."""
+"""The compiled libraries: ``_C`` (torch operators) and ``_native`` (build facts, probes, internals)."""
 
 from __future__ import annotations
 

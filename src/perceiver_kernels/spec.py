@@ -343,7 +343,12 @@ def _check_float(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # false for NaN; math.isfinite does not trace
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond every float
+        raise ValueError(
+            f"{name} must be finite as a float, got an int of {value.bit_length()} bits"
+        ) from None
 
 
 def _seed_tensor(seed: int | None, device: torch.device) -> Tensor:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import perceiver_kernels as pk
 from perceiver_kernels.cli.corpus import deflate_bits
-from perceiver_kernels.cli.muon import Muon
 
 BYTES = 256
 
@@ -36,8 +35,7 @@ class Recipe:
     dim: int = 128
     depth: int = 3
     heads: int = 2
-    lr: float = 4e-3  # AdamW, for embeddings and norms
-    matrix_lr: float = 0.02  # Muon, for the weight matrices
+    lr: float = 4e-3
     seconds: float = 150.0
     steps: int | None = None
     evaluations: int = 10
@@ -97,15 +95,6 @@ class HeldOut:
         return sum(losses) / len(losses) / math.log(2)
 
 
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices of the layers, AdamW for the embedding and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    return [adam, Muon(matrices, lr=recipe.matrix_lr)]
-
-
 def train(
     model: pk.PerceiverAR, text: Tensor, recipe: Recipe, evaluate: Callable[[int], float]
 ) -> Iterator[dict[str, Any]]:
@@ -115,8 +104,7 @@ def train(
     `evaluate(context)`. The time that evaluation takes does not count towards `recipe.seconds`.
     """
     draw = torch.Generator().manual_seed(recipe.seed)
-    optimizers = make_optimizers(model, recipe)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
     done, spent, step, evaluated = 0.0, 0.0, 0, 0
     while True:
         context = recipe.context_at(done)
@@ -128,18 +116,17 @@ def train(
             yield point
             return
         begin = time.perf_counter()
-        schedule = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * schedule
+        optimizer.param_groups[0]["lr"] = (
+            recipe.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
+        )
         start = int(torch.randint(len(text) - context, (), generator=draw))
         tokens = text[start : start + context + 1].long()
         logits = model(tokens[None, :-1], num_latents=recipe.latents)
         loss = F.cross_entropy(logits[0], tokens[-recipe.latents :])
-        model.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         step += 1
         spent += time.perf_counter() - begin
         done = min(1.0, spent / recipe.seconds if recipe.steps is None else step / recipe.steps)

@@ -1,4 +1,4 @@
-"""What only the CPU kernels promise: all instruction sets, bounded memory, 64-bit addresses, safe direct calls."""
+"""What only the CPU kernels promise: every instruction set, bounded memory, 64-bit addresses, safe calls."""
 
 import subprocess
 import sys

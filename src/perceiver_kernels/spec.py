@@ -345,10 +345,8 @@ def _check_float(name: str, value: Any) -> float:
         raise ValueError(f"{name} must be finite, got {value}")
     try:
         return float(value)
-    except OverflowError:  # an int beyond every float
-        raise ValueError(
-            f"{name} must be finite as a float, got an int of {value.bit_length()} bits"
-        ) from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an int beyond every float") from None
 
 
 def _seed_tensor(seed: int | None, device: torch.device) -> Tensor:

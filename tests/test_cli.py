@@ -77,7 +77,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_doctor_without_the_library(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "load", lambda: "it was installed without")
+    monkeypatch.setattr(doctor, "missing", "it was installed without")
     monkeypatch.setattr(doctor.machine, "build", dict)
     monkeypatch.setattr(
         pk, "available_backends", lambda device: {"cpu": "it was installed without", "sdpa": None}

@@ -9,7 +9,7 @@ from test_native import usable_sets
 
 import perceiver_kernels as pk
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
-from perceiver_kernels.testing.cases import CASES
+from perceiver_kernels.testing.cases import CASES, Case
 from perceiver_kernels.testing.inputs import make_inputs
 
 if pk.available_backends()["cpu"] is not None:
@@ -86,6 +86,72 @@ def test_direct_calls_of_the_kernels_are_checked():
         (query.mT.contiguous().mT, key, key, *options, out, lse),
         (query[0], key, key, *options, out, lse),
         (query.int(), key.int(), key.int(), *options, out, lse),
+        (query, key, key, *options[:9], 1.5, out, lse),
+        (query[:, :0], key, key, *options, out[:, :0], lse[:, :0]),
+        (query.movedim(0, 2), key.movedim(0, 2), key, *options, out, lse),
     ):
         with pytest.raises(RuntimeError, match="perceiver_kernels: "):
             call(*bad)
+    rows, ends = torch.randn(5, 2, 8), torch.tensor([0, 5])
+    for bad_ends in ([0, 10**6], [1, 5], [0, 4], [0, 7, 5]):
+        wrong = torch.tensor(bad_ends)
+        right = ends if len(bad_ends) == 2 else torch.tensor([0, 2, 5])
+        for lengths in ((wrong, right), (right, wrong)):
+            with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
+                call(
+                    rows,
+                    rows,
+                    rows,
+                    None,
+                    None,
+                    *lengths,
+                    None,
+                    *options[5:],
+                    rows.clone(),
+                    torch.empty(2, 5),
+                )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", usable_sets())
+def test_dead_rows_pass_nothing_on(isa, dtype, monkeypatch):
+    """Two rows see no key: neither they nor their gradients may touch anything, NaN and inf included."""
+    monkeypatch.setenv("PERCEIVER_KERNELS_ISA", isa)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, rows, 8).to(dtype) for rows in (20, 18, 18))
+    dout = torch.randn(1, 2, 20, 8).to(dtype)
+    results = []
+    for poison in (0.0, torch.nan, torch.inf):
+        leaves = [t.clone() for t in (query, key, value)]
+        leaves[0][:, :, :2] = poison
+        grad = dout.clone()
+        grad[:, :, :2] = poison
+        leaves = [t.requires_grad_() for t in leaves]
+        out = pk.perceiver_attention(*leaves, backend="cpu")
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    assert (results[0][1][:, :, :2] == 0).all()
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", usable_sets())
+@pytest.mark.parametrize("queries", [1, 40])
+def test_huge_logits_stay_a_weighted_mean(isa, queries, monkeypatch):
+    monkeypatch.setenv("PERCEIVER_KERNELS_ISA", isa)
+    torch.manual_seed(0)
+    query = (3e9**0.5 * (1 + torch.rand(1, 1, queries, 1))).requires_grad_()
+    key, value = query.detach()[:, :, :1].clone(), torch.ones(1, 1, 1, 1)
+    out = pk.perceiver_attention(query, key, value, scale=1.0, is_causal=False, backend="cpu")
+    assert (out == 1).all()
+    out.sum().backward()
+    assert query.grad.isfinite().all()
+
+
+def test_gradients_keep_their_accuracy_at_large_logits():
+    """What is left over the plain computation's error is lse rounded to float32, at logits of 20 and more."""
+    torch.manual_seed(0)
+    inputs = make_inputs(Case("large_logits", B=1, H=1, Hkv=1, M=128, N=512, scale=1.0), torch.float32)
+    want, plain = reference64(inputs), math_reference(inputs)
+    for name, got in inputs.run("cpu").items():
+        assert relative_error(got, want[name]) <= 1.5 * budget(plain[name], want[name], torch.float32), name

@@ -41,6 +41,8 @@ DENSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"return_lse": "yes"}, TypeError, "return_lse must be a bool, got str"),
     ({"scale": "1"}, TypeError, "scale must be a float, got str"),
     ({"scale": 10**400}, ValueError, "scale must be finite, got an int beyond every float"),
+    ({"scale": 1e31}, ValueError, "scale must be at most 1e30 in magnitude, got 1e+31"),
+    ({"softcap": 1e-40}, ValueError, "softcap must be between 1e-30 and 1e30, got 1e-40"),
     ({"scale": True}, TypeError, "scale must be a float, got bool"),
     ({"softcap": [30.0]}, TypeError, "softcap must be a float, got list"),
     ({"dropout_p": None}, TypeError, "dropout_p must be a float, got NoneType"),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import reference
-from perceiver_kernels.autograd import _pack
 from perceiver_kernels.testing.budget import relative_error
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
@@ -67,8 +66,8 @@ def test_any_forward_pairs_with_any_backward(ahead: str, back: str, dtype: torch
     inputs, allowed = answers(case, dtype)
     spec, tensors = inputs.spec(), (inputs.query, inputs.key, inputs.value)
     ops = torch.ops.perceiver_kernels
-    out, lse = ops.attention_forward(*tensors, *_pack(spec, ahead))
-    got = ops.attention_backward(inputs.dout, inputs.dlse, *tensors, out, lse, *_pack(spec, back))
+    out, lse = ops.attention_forward(*tensors, *spec.options(), ahead)
+    got = ops.attention_backward(inputs.dout, inputs.dlse, *tensors, out, lse, *spec.options(), back)
     for tensor, gradient in zip(("dq", "dk", "dv"), got, strict=True):
         want, limit = allowed[tensor]
         assert relative_error(gradient, want) <= limit, tensor
@@ -140,3 +139,9 @@ def test_merge_of_dead_rows() -> None:
     gradients = torch.autograd.grad((out, lse), [*outs, *lses], (torch.ones_like(out), torch.ones_like(lse)))
     assert all(g.isfinite().all() for g in gradients)
     assert gradients[3].tolist() == [[[0.0, 1.0]]]
+
+
+def test_forward_mode_says_that_it_is_not_supported() -> None:
+    query, key = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 5, 8)
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):
+        torch.func.jvp(lambda q: pk.perceiver_attention(q, key, key), (query,), (torch.ones_like(query),))

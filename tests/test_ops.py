@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perceiver_kernels as pk
-from perceiver_kernels.autograd import _pack
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 
 CHECKED = ("transposed_grouped", "expanded", "softcap", "dropout", "offset_per_example_masked", "packed",
@@ -42,7 +41,7 @@ def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(backend: str, name: str) -> None:
     inputs = inputs_of(name, backend)
-    ops, options = torch.ops.perceiver_kernels, _pack(inputs.spec(), backend)
+    ops, options = torch.ops.perceiver_kernels, (*inputs.spec().options(), backend)
     torch.library.opcheck(ops.attention_forward.default, (*leaves_of(inputs), *options))
     tensors = (inputs.query, inputs.key, inputs.value)
     out, lse = ops.attention_forward(*tensors, *options)

@@ -11,14 +11,14 @@ namespace pk::cpu::PK_ISA {
 constexpr int kBackwardKeys = 128;
 constexpr int kBackwardPanels = 4;  // query panels per pass over dK and dV
 
-// Channels as columns of B, in panels: where the panel that starts at `channel` begins, and how wide it is.
+// Channels as columns fill whole vectors.
 template <class Acc>
 inline int64_t padded(int64_t channels) {
   return round_up(channels, kLanes<Acc>);
 }
 
 // The query side in operand order. Per panel of queries: queries and dout with channels as depth; per panel
-// of channels: queries and dout with query rows as depth; per row lse (base 2) and delta.
+// of channels: queries and dout with query rows as depth; per row lse and delta.
 template <class Mode>
 struct PackedQueries {
   using Acc = typename Mode::Acc;
@@ -50,15 +50,37 @@ template <class Mode, class T>
 void pack_queries(const Attention& p, const AttentionGradient& gradient, const RowBlock& block, int64_t index,
                   char* buffer) {
   using Acc = typename Mode::Acc;
-  constexpr Acc kLog2E = Acc(1.442695040888963407), kInf = Acc(__builtin_inf());
+  constexpr Acc kInf = Acc(__builtin_inf());
   Arena arena(buffer);
   const PackedQueries<Mode> packed(arena, p, block.rows);
   const Panel panel = panel_at<Acc>(block.rows, index);
-  const T* rows[kPanel<Acc>] = {};
+
+  // Rows that saw no key count as zeros, whatever they or their gradients hold, and so do lanes without a
+  // row.
+  bool live[kPanel<Acc>] = {};
+  for (int64_t lane = 0; lane < panel.width; ++lane) {
+    const int64_t r = panel.first + lane;
+    Acc lse = kInf, delta = 0;  // P = exp(s - inf) = 0
+    live[lane] = lane < panel.rows && *query_row<const Acc>(p, block, p.lse, r) != -kInf;
+    if (live[lane]) {
+      lse = *query_row<const Acc>(p, block, p.lse, r);
+      const T *dout = query_row<const T>(p, block, gradient.dout, r),
+              *out = query_row<const T>(p, block, p.out, r);
+      Vec<Acc> sum = {};
+      for (int64_t c = 0; c < p.value_dim; c += kLanes<Acc>)
+        sum += load_as<Acc>(dout + c, p.value_dim - c) * load_as<Acc>(out + c, p.value_dim - c);
+      delta = sum_of_lanes<Acc>(sum);
+      if (gradient.dlse.data) delta -= *query_row<const Acc>(p, block, gradient.dlse, r);
+    }
+    packed.lse[r] = lse;
+    packed.delta[r] = delta;
+  }
 
   const auto pack = [&](const View& view, int64_t dim, typename Mode::Operand* by_channel,
                         typename Mode::Operand* by_row) {
-    for (int64_t r = 0; r < panel.rows; ++r) rows[r] = query_row<const T>(p, block, view, panel.first + r);
+    const T* rows[kPanel<Acc>] = {};
+    for (int64_t lane = 0; lane < panel.rows; ++lane)
+      if (live[lane]) rows[lane] = query_row<const T>(p, block, view, panel.first + lane);
     pack_transposed<Mode, T>(rows, panel.rows, dim, panel.width, by_channel + panel.first * steps<Mode>(dim));
     for (int64_t c = 0; c < dim; c += kPanel<Acc>) {
       const int64_t channels = dim - c < kPanel<Acc> ? dim - c : kPanel<Acc>, width = padded<Acc>(channels);
@@ -68,25 +90,18 @@ void pack_queries(const Attention& p, const AttentionGradient& gradient, const R
   };
   pack(p.query, p.dim, packed.q, packed.q_rows);
   pack(gradient.dout, p.value_dim, packed.dout, packed.dout_rows);
+}
 
-  for (int64_t lane = 0; lane < panel.width; ++lane) {
-    Acc lse = kInf, delta = 0;  // lanes without a row, and rows that saw no key: P = exp2(s - inf) = 0
-    if (lane < panel.rows) {
-      const int64_t r = panel.first + lane;
-      const Acc natural = *query_row<const Acc>(p, block, p.lse, r);
-      if (natural != -kInf) {
-        lse = natural * kLog2E;
-        const T *dout = rows[lane], *out = query_row<const T>(p, block, p.out, r);
-        Vec<Acc> sum = {};
-        for (int64_t c = 0; c < p.value_dim; c += kLanes<Acc>)
-          sum += load_as<Acc>(dout + c, p.value_dim - c) * load_as<Acc>(out + c, p.value_dim - c);
-        delta = sum_of_lanes<Acc>(sum);
-        if (gradient.dlse.data) delta -= *query_row<const Acc>(p, block, gradient.dlse, r);
+// Lanes without a live row: their zeros must not meet an infinite key or value.
+template <class Acc>
+inline void silence_dead_lanes(const Acc* lse, int64_t width, int64_t keys, Acc* s, Acc* dp) {
+  constexpr Acc kInf = Acc(__builtin_inf());
+  for (int64_t lane = 0; lane < width; ++lane)
+    if (lse[lane] == kInf)
+      for (int64_t j = 0; j < keys; ++j) {
+        s[j * width + lane] = -kInf;
+        dp[j * width + lane] = 0;
       }
-    }
-    packed.lse[panel.first + lane] = lse;
-    packed.delta[panel.first + lane] = delta;
-  }
 }
 
 template <class Mode, class T>
@@ -232,12 +247,13 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
           mask_tile<Acc>(tmp.s, panel.width, visible.all, visible.any, visible.limit);
         for (int64_t x = visible.any * panel.width; x < seen * panel.width; ++x)
           tmp.s[x] = -Acc(__builtin_inf());
+        silence_dead_lanes(packed.lse + panel.first, panel.width, seen, tmp.s, tmp.dp);
         if (p.dropout_p > 0) dropout_factors(p, block, panel, keys.index, seen, tmp.factor);
         Operand* ds_keys = Mode::kPack == 1 ? tmp.ds + columns : tmp.ds_keys;
         const int64_t keys_stride = Mode::kPack == 1 ? kStride : panel.width;
         gradient_tile<Mode>(
             {tmp.s, tmp.dp, p.dropout_p > 0 ? tmp.factor : nullptr, packed.lse + panel.first,
-             packed.delta + panel.first, scoring.to_log2, scoring.inverse_softcap,
+             packed.delta + panel.first, scoring.to_logits, scoring.inverse_softcap,
              tmp.p + columns / Mode::kPack, tmp.ds + columns / Mode::kPack, ds_keys, kStride, keys_stride},
             seen, panel.width);
         multiply<Update::kAdd>(Product<Mode>{tmp.k_rows, 1, p.dim, ds_keys, keys_stride, steps<Mode>(seen),

@@ -122,11 +122,13 @@ void decode_rows(const Attention& p, const RowBlock& block, KeyRange range, char
       for (int64_t j = 0; j < kDecodeKeys; j += kSide) highest = maximum(load(s + j), highest);
       const Acc now = max_of_lanes<Acc>(maximum(highest * scoring.to_log2, splat(top[r])));
       const Acc base = now == kMinusInf ? 0 : now;
+      Acc to_log2 = scoring.to_log2;
+      if (base > kHugeLogit<Acc> || -base > kHugeLogit<Acc>) to_log2 = round_logits(s, kDecodeKeys, to_log2);
       rescale[r] = exp2_vec<5, Acc>(splat(top[r] - base))[0];
       top[r] = now;
       Vec<Acc> total = {};
       for (int64_t j = 0; j < kDecodeKeys; j += kSide) {
-        const Vec<Acc> e = exp2_vec<5, Acc>(load(s + j) * scoring.to_log2 - base);
+        const Vec<Acc> e = exp2_vec<5, Acc>(load(s + j) * to_log2 - base);
         total += e;
         store(s + j, e);
       }

@@ -116,7 +116,8 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
 template <class Acc, class T>
 void combine(const Attention& p, const RowBlock& block, int64_t index, Slots slots) {
   constexpr int kStep = kLanes<Acc>;
-  constexpr Acc kMinusInf = -Acc(__builtin_inf()), kLn2 = Acc(0.6931471805599453094);
+  constexpr Acc kMinusInf = -Acc(__builtin_inf());
+  const double from_log2 = Scoring<Acc>(p).from_log2;
   const Panel panel = panel_at<Acc>(block.rows, index);
   Acc weight[kMaxSplits][kPanel<Acc>];
   for (int64_t lane = 0; lane < panel.width; lane += kStep) {
@@ -135,7 +136,8 @@ void combine(const Attention& p, const RowBlock& block, int64_t index, Slots slo
     for (int64_t x = lane; x < lane + kStep && x < panel.rows; ++x)
       *query_row<Acc>(p, block, p.lse, panel.first + x) =
           sum[x - lane] == 0 ? kMinusInf
-                             : top[x - lane] * kLn2 + static_cast<Acc>(__builtin_log(sum[x - lane]));
+                             : static_cast<Acc>(top[x - lane] * from_log2 +
+                                                __builtin_log(static_cast<double>(sum[x - lane])));
   }
   write_rows<Acc, T>(p, block, panel, p.out, p.value_dim, [&](int64_t channel, int64_t lane) {
     Vec<Acc> total = {};

@@ -13,10 +13,13 @@ constexpr int64_t kKeysPerItem = 1024;     // fewer would not pay for a partial 
 constexpr int64_t kKeyAlignment = 256;     // a multiple of every kernel's key block
 constexpr int64_t kSplitBytes = 16 << 20;  // partial results of one key head
 
+int64_t accumulator_bytes(const Attention& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Sequence sequence_at(const Attention& p, int64_t b) {
-  Sequence s{b, p.queries, p.keys, 0, 0, p.q_offsets ? p.q_offsets[b] : p.q_offset};
+  // Beyond these bounds an offset says the same, and would overflow.
+  const int64_t offset = std::clamp(p.q_offsets ? p.q_offsets[b] : p.q_offset, -kNoCausality, kNoCausality);
+  Sequence s{b, p.queries, p.keys, 0, 0, offset};
   if (p.cu_seqlens_q) {
     s.first_query_row = p.cu_seqlens_q[b];
     s.first_key_row = p.cu_seqlens_k[b];
@@ -51,7 +54,7 @@ Plan plan_forward(const Attention& p) {
         Plan::Block block{{sequence, h, first, std::min(kRowBlock, rows - first)}, 0, 0, 0};
         const int64_t last_query = (first + block.rows.rows - 1) / group;
         split(&block, visible_keys(sequence.q_offset, last_query, sequence.keys), p.kv_heads * row_blocks,
-              block.rows.rows * p.value_dim * 4);
+              block.rows.rows * p.value_dim * accumulator_bytes(p));
         plan.blocks.push_back(block);
       }
   }
@@ -66,7 +69,7 @@ Plan plan_backward(const Attention& p) {
     const int64_t rows = sequence.queries * group;
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       Plan::Block block{{sequence, h, 0, rows}, 0, 0, 0};
-      split(&block, sequence.keys, p.kv_heads, rows * p.dim * 4);
+      split(&block, sequence.keys, p.kv_heads, rows * p.dim * accumulator_bytes(p));
       plan.blocks.push_back(block);
     }
   }

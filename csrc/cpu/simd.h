@@ -75,6 +75,10 @@ template <class V>
 inline V maximum(V a, V b) {
   return a > b ? a : b;
 }
+template <class V>
+inline V not_above_zero(V x) {
+  return V{} < x ? V{} : x;  // NaN stays NaN
+}
 
 // Storage types that arithmetic doesn't know.
 struct BFloat16 {

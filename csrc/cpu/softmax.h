@@ -10,8 +10,10 @@ namespace pk::cpu::PK_ISA {
 template <class Acc>
 struct Scoring {
   Acc scale, softcap, inverse_softcap;
-  Acc to_log2;      // what the tile is multiplied by on its way into exp2
-  bool transforms;  // whether the tile needs a pass of its own before
+  bool transforms;   // whether the tile needs a pass of its own before exp2
+  Acc to_logits;     // from the tile, after that pass, to natural logits
+  Acc to_log2;       // and to base-2 logits
+  double from_log2;  // from base-2 logits as rounded here to natural ones
 
   explicit Scoring(const Attention& p) {
     constexpr double kLog2E = 1.442695040888963407;
@@ -20,9 +22,10 @@ struct Scoring {
     inverse_softcap = softcap ? 1 / softcap : 0;
     // A maximum survives multiplication by a positive number only; other scales are applied before it is
     // taken.
-    to_log2 = static_cast<Acc>(p.scale * kLog2E);
-    transforms = softcap || !(to_log2 > Acc(1e-30) && to_log2 < Acc(1e30));
-    if (transforms) to_log2 = static_cast<Acc>(kLog2E);
+    transforms = softcap != 0 || p.scale < 1e-30;
+    to_logits = transforms ? 1 : scale;
+    to_log2 = static_cast<Acc>((transforms ? 1 : p.scale) * kLog2E);
+    from_log2 = (transforms ? 1 : p.scale) / static_cast<double>(to_log2);
   }
 
   void transform(Acc* s, int64_t count) const {
@@ -49,17 +52,27 @@ inline Vec<uint32_t> bfloat16_pairs(Vec<float> low, Vec<float> high) {
 #endif
 }
 
+// From here on the rounding of a maximum is worth whole powers of two, and what the fused multiply-add keeps
+// exact beside it must be rounded like it. Returns what is left to multiply by.
+template <class Acc>
+constexpr Acc kHugeLogit = 1 << 20;
+template <class Acc>
+inline Acc round_logits(Acc* s, int64_t count, Acc to_log2) {
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) store(s + i, load(s + i) * to_log2);
+  return 1;
+}
+
 // One online-softmax step: takes in rows [0, keys) of the tile, updates maximum (base-2 logits) and sum per
 // lane, leaves exp2(logit - maximum) in p as the second product's operand, and in `rescale` what earlier
 // results shrink by.
 template <class Mode, int kVectors, bool kDropout>
-inline void softmax_step(int64_t keys, const typename Mode::Acc* s, typename Mode::Acc to_log2,
+inline void softmax_step(int64_t keys, typename Mode::Acc* s, typename Mode::Acc to_log2,
                          const typename Mode::Acc* factor, typename Mode::Acc* maximum_,
                          typename Mode::Acc* sum_, typename Mode::Acc* rescale, typename Mode::Operand* p) {
   using Acc = typename Mode::Acc;
   constexpr int kStep = kLanes<Acc>, kWidth = kVectors * kStep;
   constexpr Acc kMinusInf = -Acc(__builtin_inf());
-  Vec<Acc> top[kVectors], sum[kVectors] = {};
+  Vec<Acc> top[kVectors], sum[kVectors] = {}, size = {};
   for (int v = 0; v < kVectors; ++v) top[v] = splat(kMinusInf);
   for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
@@ -70,7 +83,9 @@ inline void softmax_step(int64_t keys, const typename Mode::Acc* s, typename Mod
     top[v] = now == kMinusInf ? Vec<Acc>{} : now;  // nothing seen yet: any finite number avoids -inf - -inf
     store(maximum_ + v * kStep, now);
     store(rescale + v * kStep, exp2_vec<Mode::kExpTerms, Acc>(before - top[v]));
+    size = maximum(size, maximum(top[v], -top[v]));
   }
+  if (max_of_lanes<Acc>(size) > kHugeLogit<Acc>) to_log2 = round_logits(s, keys * kWidth, to_log2);
   const auto probability = [&](int64_t j, int v) {
     Vec<Acc> e = exp2_vec<Mode::kExpTerms, Acc>(load(s + j * kWidth + v * kStep) * to_log2 - top[v]);
     sum[v] += e;
@@ -90,7 +105,7 @@ inline void softmax_step(int64_t keys, const typename Mode::Acc* s, typename Mod
     store(sum_ + v * kStep, load(sum_ + v * kStep) * load(rescale + v * kStep) + sum[v]);
 }
 
-// The backward's P and dS = P (dP - delta), from logits s, dP and the rows' lse (base 2). `p` and `ds` hold
+// The backward's P and dS = P (dP - delta), from the tile s, dP and the rows' lse. `p` and `ds` hold
 // keys in rows `stride` operands apart with queries as the depth; `ds_keys` holds dS with keys as the depth
 // (the same array for Plain).
 template <class Mode>
@@ -99,7 +114,7 @@ struct GradientTile {
   using Operand = typename Mode::Operand;
   const Acc *s, *dp, *factor;  // factor may be null
   const Acc *lse, *delta;
-  Acc to_log2, inverse_softcap;
+  Acc to_logits, inverse_softcap;
   Operand *p, *ds, *ds_keys;
   int64_t stride, keys_stride;
 };
@@ -108,11 +123,14 @@ template <class Mode, int kVectors, bool kDropout, bool kSoftcap>
 inline void gradient_step(const GradientTile<Mode>& tile, int64_t keys) {
   using Acc = typename Mode::Acc;
   constexpr int kStep = kLanes<Acc>, kWidth = kVectors * kStep;
+  constexpr Acc kLog2E = Acc(1.442695040888963407);
   const auto entry = [&](int64_t j, int v, Vec<Acc>* p, Vec<Acc>* ds) {
     const int64_t at = j * kWidth + v * kStep;
     const Vec<Acc> logits = load(tile.s + at);
     Vec<Acc> dp = load(tile.dp + at);
-    *p = exp2_vec<Mode::kExpTerms, Acc>(logits * tile.to_log2 - load(tile.lse + v * kStep));
+    // lse comes rounded: subtracted before the change of base, it adds no second rounding.
+    const Vec<Acc> x = not_above_zero(logits * tile.to_logits - load(tile.lse + v * kStep));
+    *p = exp2_vec<Mode::kExpTerms, Acc>(x * kLog2E);
     if constexpr (kDropout) dp *= load(tile.factor + at);
     *ds = *p * (dp - load(tile.delta + v * kStep));
     if constexpr (kSoftcap) *ds *= *p == 0 ? Vec<Acc>{} : softcap_grad(logits, tile.inverse_softcap);

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "../attention.h"
@@ -59,6 +60,14 @@ const int64_t* int64s(const std::optional<Tensor>& t, int64_t count) {
   return t->const_data_ptr<int64_t>();
 }
 
+const int64_t* cumulative_lengths(const std::optional<Tensor>& t, int64_t sequences, int64_t rows) {
+  const int64_t* ends = int64s(t, sequences + 1);
+  if (!ends) return nullptr;
+  check(ends[0] == 0 && ends[sequences] == rows && std::is_sorted(ends, ends + sequences + 1),
+        "cu_seqlens must start at 0, not decrease, and end at the number of rows");
+  return ends;
+}
+
 ScalarType lse_dtype(const Tensor& query) {
   return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -83,7 +92,9 @@ pk::Attention problem_of(const Tensor& query, const Tensor& key, const Tensor& v
   p.keys = key.size(row);
   p.dim = query.size(channel);
   p.value_dim = value.size(channel);
-  check(p.heads == 0 || (p.kv_heads > 0 && p.heads % p.kv_heads == 0), "key heads must divide query heads");
+  check(p.kv_heads > 0 && p.heads > 0 && p.heads % p.kv_heads == 0, "key heads must divide query heads");
+  check(p.dim > 0 && p.value_dim > 0, "head dims must be at least 1");
+  check(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1)");
   p.query = view_of(query, query, packed, p.heads, p.queries, p.dim);
   p.key = view_of(key, query, packed, p.kv_heads, p.keys, p.dim);
   p.value = view_of(value, query, packed, p.kv_heads, p.keys, p.value_dim);
@@ -93,14 +104,15 @@ pk::Attention problem_of(const Tensor& query, const Tensor& key, const Tensor& v
   p.q_offsets = is_causal ? int64s(q_offsets, p.batch) : nullptr;
   if (key_mask) {
     check(key_mask->is_cpu() && key_mask->scalar_type() == ScalarType::Bool &&
-              key_mask->numel() == (packed ? 1 : p.batch) * p.keys,
+              key_mask->dim() == (packed ? 1 : 2) && key_mask->size(key_mask->dim() - 1) == p.keys &&
+              (packed || key_mask->size(0) == p.batch),
           "key_mask must be a bool tensor over the keys");
     p.key_mask = static_cast<const bool*>(key_mask->const_data_ptr());
     p.key_mask_batch_stride = packed ? 0 : key_mask->stride(0);
     p.key_mask_stride = key_mask->stride(key_mask->dim() - 1);
   }
-  p.cu_seqlens_q = int64s(cu_seqlens_q, p.batch + 1);
-  p.cu_seqlens_k = int64s(cu_seqlens_k, p.batch + 1);
+  p.cu_seqlens_q = cumulative_lengths(cu_seqlens_q, p.batch, p.queries);
+  p.cu_seqlens_k = cumulative_lengths(cu_seqlens_k, p.batch, p.keys);
   p.scale = scale;
   p.softcap = softcap;
   p.dropout_p = dropout_p;

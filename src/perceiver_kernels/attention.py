@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from perceiver_kernels import autograd, dispatch
 from perceiver_kernels.spec import AttentionSpec, make_spec
@@ -132,10 +133,16 @@ def _run(
 ) -> Any:
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (query, key, value)):
+        raise NotImplementedError("perceiver_attention: forward-mode differentiation is not supported")
     name = dispatch.choose(backend, query, key, value, spec)
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     out, lse = autograd.attention(query, key, value, spec, name)
     return (out, lse) if return_lse else out
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

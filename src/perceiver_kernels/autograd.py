@@ -30,25 +30,8 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backend: str
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` from the named backend, differentiable. The caller has checked that it can serve."""
-    out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *_pack(spec, backend))
+    out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *spec.options(), backend)
     return out, lse
-
-
-def _pack(spec: AttentionSpec, backend: str) -> tuple[Any, ...]:
-    """The operators' options, in the order of ``_OPTIONS``."""
-    return (
-        spec.q_offsets,
-        spec.key_mask,
-        spec.cu_seqlens_q,
-        spec.cu_seqlens_k,
-        spec.dropout_seed,
-        spec.q_offset,
-        spec.is_causal,
-        spec.scale,
-        spec.softcap,
-        spec.dropout_p,
-        backend,
-    )
 
 
 def _unpack(options: tuple[Any, ...]) -> tuple[AttentionSpec, str]:
@@ -79,6 +62,7 @@ def _backward(
     *options: Any,
 ) -> Any:
     spec, backend = _unpack(options)
+    check_contents(query, key, spec)  # again: their memory is the caller's
     with torch.autocast(query.device.type, enabled=False):
         return BACKENDS[backend].backward(dout, dlse, query, key, value, out, lse, spec)
 

@@ -29,6 +29,9 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         TypeError: the arguments are no sequences of floating-point tensors, or of mixed dtypes.
         ValueError: no parts, unequal numbers of them, or shapes that don't belong together.
     """
+    for name, parts_given in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts_given, Sequence):
+            raise TypeError(f"{name} must be a sequence of tensors, got {type(parts_given).__name__}")
     outs, lses = tuple(outs), tuple(lses)
     _check(outs, lses)
     parts = torch.stack(lses)

@@ -125,6 +125,7 @@ def backward(
         kv_heads = q.shape[1]
         row_lse = _grouped(problem.rows(lse).to(q.dtype).unsqueeze(-1), kv_heads)
         dead = row_lse == -torch.inf
+        q = q.masked_fill(dead, 0.0)
         grad = _grouped(problem.q(dout).to(q.dtype), kv_heads).masked_fill(dead, 0.0)
         delta = (grad * _grouped(problem.q(out).to(q.dtype), kv_heads)).sum(-1, keepdim=True)
         if dlse is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_OFFSET = 2**48  # leaves room for offset + query index in int64
+MAX_FACTOR = 1e30  # scale and softcap stay finite and normal in float32
 MAX_LENGTH = 2**32 - 1  # dropout counts examples, heads, queries and keys in 32 bits each
 
 
@@ -36,6 +37,21 @@ class AttentionSpec:
     cu_seqlens_q: Tensor | None = None  # (B + 1,) int64
     cu_seqlens_k: Tensor | None = None  # (B + 1,) int64
     dropout_seed: Tensor | None = None  # () int64, present iff dropout_p > 0
+
+    def options(self) -> tuple[Any, ...]:
+        """The fields in the order in which the operators, Python's and C++'s, take them."""
+        return (
+            self.q_offsets,
+            self.key_mask,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.dropout_seed,
+            self.q_offset,
+            self.is_causal,
+            self.scale,
+            self.softcap,
+            self.dropout_p,
+        )
 
     @property
     def is_packed(self) -> bool:
@@ -102,12 +118,17 @@ def make_spec(
         softcap = _check_float("softcap", softcap)
         if softcap <= 0.0:
             raise ValueError(f"softcap must be greater than 0, or None for no cap, got {softcap}")
+        if not 1 / MAX_FACTOR <= softcap <= MAX_FACTOR:
+            raise ValueError(f"softcap must be between 1e-30 and 1e30, got {softcap}")
+    scale = query.shape[-1] ** -0.5 if scale is None else _check_float("scale", scale)
+    if abs(scale) > MAX_FACTOR:
+        raise ValueError(f"scale must be at most 1e30 in magnitude, got {scale}")
     if dropout_seed is not None:
         dropout_seed = _check_int("dropout_seed", dropout_seed, -(2**63), 2**63 - 1)
     return AttentionSpec(
         is_causal=is_causal,
         q_offset=offset,
-        scale=query.shape[-1] ** -0.5 if scale is None else _check_float("scale", scale),
+        scale=scale,
         softcap=0.0 if softcap is None else softcap,
         dropout_p=dropout_p,
         q_offsets=offsets,

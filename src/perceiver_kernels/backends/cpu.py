@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> t
     """``(out, lse)``, laid out as :func:`perceiver_kernels.spec.empty_outputs` says."""
     out, lse = empty_outputs(query, value)
     inputs = [_channels_contiguous(tensor) for tensor in (query, key, value)]
-    torch.ops.perceiver_kernels.cpu_forward(*inputs, *_options(spec), out, lse)
+    torch.ops.perceiver_kernels.cpu_forward(*inputs, *spec.options(), out, lse)
     return out, lse
 
 
@@ -52,7 +50,7 @@ def backward(
     outputs = [_channels_contiguous(tensor) for tensor in gradients]
     dout, query, key, value, out = (_channels_contiguous(tensor) for tensor in (dout, query, key, value, out))
     torch.ops.perceiver_kernels.cpu_backward(
-        dout, dlse, query, key, value, out, lse, *_options(spec), *outputs
+        dout, dlse, query, key, value, out, lse, *spec.options(), *outputs
     )
     for gradient, output in zip(gradients, outputs, strict=True):
         if gradient is not output:
@@ -64,18 +62,3 @@ def _channels_contiguous(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor as it is
-
-
-def _options(spec: AttentionSpec) -> tuple[Any, ...]:
-    return (
-        spec.q_offsets,
-        spec.key_mask,
-        spec.cu_seqlens_q,
-        spec.cu_seqlens_k,
-        spec.dropout_seed,
-        spec.q_offset,
-        spec.is_causal,
-        spec.scale,
-        spec.softcap,
-        spec.dropout_p,
-    )

@@ -148,10 +148,10 @@ def test_huge_logits_stay_a_weighted_mean(isa, queries, monkeypatch):
     assert query.grad.isfinite().all()
 
 
-def test_gradients_keep_their_accuracy_at_large_logits():
-    """What is left over the plain computation's error is lse rounded to float32, at logits of 20 and more."""
-    torch.manual_seed(0)
-    inputs = make_inputs(Case("large_logits", B=1, H=1, Hkv=1, M=128, N=512, scale=1.0), torch.float32)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_accuracy_holds_at_large_logits(scale):
+    """Logits of standard deviation 8 and 32: roundings that grow with the logit must not add up."""
+    inputs = make_inputs(Case("large", B=1, H=1, Hkv=1, M=128, N=512, scale=scale), torch.float32)
     want, plain = reference64(inputs), math_reference(inputs)
     for name, got in inputs.run("cpu").items():
-        assert relative_error(got, want[name]) <= 1.5 * budget(plain[name], want[name], torch.float32), name
+        assert relative_error(got, want[name]) <= budget(plain[name], want[name], torch.float32), name

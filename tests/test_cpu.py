@@ -150,8 +150,14 @@ def test_huge_logits_stay_a_weighted_mean(isa, queries, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_accuracy_holds_at_large_logits(scale):
-    """Logits of standard deviation 8 and 32: roundings that grow with the logit must not add up."""
+    """Logits of standard deviation 8 and 32: roundings that grow with the logit must not add up.
+
+    At 32 the float32 lse between forward and backward is what limits dv, in the specification as well.
+    """
     inputs = make_inputs(Case("large", B=1, H=1, Hkv=1, M=128, N=512, scale=scale), torch.float32)
-    want, plain = reference64(inputs), math_reference(inputs)
+    want, plain, specified = reference64(inputs), math_reference(inputs), inputs.run("reference")
     for name, got in inputs.run("cpu").items():
-        assert relative_error(got, want[name]) <= budget(plain[name], want[name], torch.float32), name
+        allowed = budget(plain[name], want[name], torch.float32)
+        if scale > 1:
+            allowed = max(allowed, 1.05 * relative_error(specified[name], want[name]))
+        assert relative_error(got, want[name]) <= allowed, name

@@ -2,22 +2,59 @@
 // query rows. Here channels lie in the lanes of the products, and keys in the lanes of the softmax.
 #pragma once
 
+#include <utility>
+
 #include "forward.h"
 
 namespace pk::cpu::PK_ISA {
 
 constexpr int kDecodeRows = 8;
-constexpr int kDecodeKeys = 64;
+constexpr int kDecodeKeys = 32;
+
+// A block of keys, and where its rows of K and V lie.
+template <class T>
+struct DecodeBlock {
+  KeyBlock<kDecodeKeys> keys;
+  int64_t count;
+  const T *k[kDecodeKeys], *v[kDecodeKeys];
+
+  // The first block from `*begin` on that has keys below `end` to look at; none has count 0.
+  void fill(const Attention& p, const RowBlock& block, int64_t* begin, int64_t end) {
+    count = 0;
+    while (count == 0 && *begin < end) {
+      const int64_t stop = *begin + kDecodeKeys < end ? *begin + kDecodeKeys : end;
+      keys.fill(p, block.sequence, *begin, stop);
+      count = keys.listed;
+      *begin = stop;
+    }
+    keys.rows(block, p.key, count, k);
+    keys.rows(block, p.value, count, v);
+  }
+};
+
+// Asks for the next block while one is at work: row i / 2 of K or, where i is odd, of V. An even pace over
+// both keeps two streams of memory busy, which is faster than reading either alone.
+template <class T>
+struct Prefetch {
+  const DecodeBlock<T>& block;
+  int64_t dim, value_dim;
+
+  // Out of line, GCC would drop it as a function without effects.
+  __attribute__((always_inline)) void operator()(int64_t i) const {
+    if (i >= 2 * block.count) return;
+    const char* row = reinterpret_cast<const char*>(i % 2 ? block.v[i / 2] : block.k[i / 2]);
+    const int64_t bytes = (i % 2 ? value_dim : dim) * static_cast<int64_t>(sizeof(T));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+};
 
 template <class Acc, class T>
 struct DecodeScratch {
-  KeyBlock<kDecodeKeys>* keys;
-  const T** rows;
+  DecodeBlock<T>* blocks;  // the one at work and the next
   Acc *q, *o, *p;
 
   DecodeScratch(Arena& arena, const Attention& problem) {
-    keys = arena.take<KeyBlock<kDecodeKeys>>(1);
-    rows = arena.take<const T*>(kDecodeKeys);
+    blocks = arena.take<DecodeBlock<T>>(2);
     q = arena.take<Acc>(kDecodeRows * round_up(problem.dim, kLanes<Acc>));
     o = arena.take<Acc>(kDecodeRows * round_up(problem.value_dim, kLanes<Acc>));
     p = arena.take<Acc>(kDecodeRows * kDecodeKeys);
@@ -31,56 +68,74 @@ inline int64_t decode_scratch_bytes(const Attention& p) {
   return arena.used();
 }
 
+// Independent sums that hide the latency of a multiply-add and leave registers for the rest.
+constexpr int kDecodeSums = 8;
+
 // s[r][j] = q[r] . k[j]
 template <int kRows, class Acc, class T>
-inline void decode_scores(const Acc* q, const T* const* k, int64_t count, int64_t dim, Acc* s) {
-  constexpr int kSide = kLanes<Acc>;
+inline void decode_scores(const Acc* q, const T* const* k, int64_t count, int64_t dim, Acc* s,
+                          Prefetch<T> prefetch) {
+  constexpr int kSide = kLanes<Acc>, kKeys = kDecodeSums / kRows < kSide ? kDecodeSums / kRows : kSide;
   const int64_t q_stride = round_up(dim, kSide), whole = dim / kSide * kSide;
-  for (int64_t j = 0; j < count; j += kSide) {
+  for (int64_t first = 0; first < count; first += kSide) {
     Vec<Acc> products[kRows][kSide];
-    for (int64_t side = 0; side < kSide; ++side) {
-      Vec<Acc> sum[kRows] = {};
-      if (j + side < count) {
-        const T* key = k[j + side];
-        const auto accumulate = [&](int64_t c, Vec<Acc> channels) {
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) sum[r] += load(q + r * q_stride + c) * channels;
-        };
-        for (int64_t c = 0; c < whole; c += kSide) accumulate(c, load_as(key + c));
-        if (whole < dim) accumulate(whole, load_as<Acc>(key + whole, dim - whole));
+    for (int side = 0; side < kSide; side += kKeys) {
+      // Behind the last key its row stands in; nobody looks at these scores.
+      const T* rows[kKeys];
+      unrolled<kKeys>([&](auto x) {
+        const int64_t j = first + side + x;
+        rows[x] = k[j < count ? j : count - 1];
+      });
+      Vec<Acc> sum[kRows][kKeys] = {};
+      const auto accumulate = [&](int64_t c, auto&& load_channels) {
+        Vec<Acc> channels[kKeys];
+        unrolled<kKeys>([&](auto x) { channels[x] = load_channels(rows[x] + c); });
+        unrolled<kRows>([&](auto r) {
+          const Vec<Acc> qr = load(q + r * q_stride + c);
+          unrolled<kKeys>([&](auto x) { sum[r][x] += qr * channels[x]; });
+        });
+      };
+      for (int64_t c = 0; c < whole; c += kSide) {
+        if (c < kKeys * kSide) prefetch(first + side + c / kSide);
+        accumulate(c, [](const T* at) { return load_as(at); });
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) products[r][side] = sum[r];
+      if (whole < dim) accumulate(whole, [&](const T* at) { return load_as<Acc>(at, dim - whole); });
+      unrolled<kRows>([&](auto r) { unrolled<kKeys>([&](auto x) { products[r][side + x] = sum[r][x]; }); });
     }
-    for (int r = 0; r < kRows; ++r) store(s + r * kDecodeKeys + j, sum_each<Acc>(products[r]));
+    for (int r = 0; r < kRows; ++r) store(s + r * kDecodeKeys + first, sum_each<Acc>(products[r]));
   }
 }
 
 // o[r] = o[r] * rescale[r] + sum over j of p[r][j] v[j]
 template <int kRows, class Acc, class T>
 inline void decode_values(const Acc* p, const T* const* v, int64_t count, int64_t dim, const Acc* rescale,
-                          Acc* o) {
-  constexpr int kSide = kLanes<Acc>, kVectors = kRows > 4 ? 2 : 4;
+                          Acc* o, Prefetch<T> prefetch) {
+  constexpr int kSide = kLanes<Acc>;
   const int64_t o_stride = round_up(dim, kSide);
   const auto columns = [&](int64_t c, auto vectors, auto&& load_channels) {
     constexpr int kCount = decltype(vectors)::value;
     Vec<Acc> sum[kRows][kCount];
-    for (int r = 0; r < kRows; ++r)
-      for (int x = 0; x < kCount; ++x) sum[r][x] = load(o + r * o_stride + c + x * kSide) * rescale[r];
-    for (int64_t j = 0; j < count; ++j)
-#pragma GCC unroll 4
-      for (int x = 0; x < kCount; ++x) {
-        const Vec<Acc> channels = load_channels(v[j] + c + x * kSide);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r][x] += p[r * kDecodeKeys + j] * channels;
-      }
-    for (int r = 0; r < kRows; ++r)
-      for (int x = 0; x < kCount; ++x) store(o + r * o_stride + c + x * kSide, sum[r][x]);
+    unrolled<kRows>([&](auto r) {
+      unrolled<kCount>([&](auto x) { sum[r][x] = load(o + r * o_stride + c + x * kSide) * rescale[r]; });
+    });
+    for (int64_t j = 0; j < count; ++j) {
+      if (c == 0) prefetch(count + j);
+      Vec<Acc> channels[kCount];
+      unrolled<kCount>([&](auto x) { channels[x] = load_channels(v[j] + c + x * kSide); });
+      unrolled<kRows>([&](auto r) {
+        const Vec<Acc> weight = splat(p[r * kDecodeKeys + j]);
+        unrolled<kCount>([&](auto x) { sum[r][x] += weight * channels[x]; });
+      });
+    }
+    unrolled<kRows>([&](auto r) {
+      unrolled<kCount>([&](auto x) { store(o + r * o_stride + c + x * kSide, sum[r][x]); });
+    });
   };
+  constexpr int kVectors = kDecodeSums / kRows;
   int64_t c = 0;
-  for (; c + kVectors * kSide <= dim; c += kVectors * kSide)
-    columns(c, Constant<kVectors>{}, [](const T* at) { return load_as(at); });
-  for (; c + kSide <= dim; c += kSide) columns(c, Constant<1>{}, [](const T* at) { return load_as(at); });
+  const auto whole = [](const T* at) { return load_as(at); };
+  for (; c + kVectors * kSide <= dim; c += kVectors * kSide) columns(c, Constant<kVectors>{}, whole);
+  for (; c + kSide <= dim; c += kSide) columns(c, Constant<1>{}, whole);
   if (c < dim) columns(c, Constant<1>{}, [&](const T* at) { return load_as<Acc>(at, dim - c); });
 }
 
@@ -105,13 +160,15 @@ void decode_rows(const Attention& p, const RowBlock& block, KeyRange range, char
   for (Acc& t : top) t = kMinusInf;
 
   const int64_t last_visible = visible_to_row(p, block, block.rows - 1);
-  for (int64_t begin = range.begin; begin < range.end && begin < last_visible; begin += kDecodeKeys) {
-    KeyBlock<kDecodeKeys>& keys = *tmp.keys;
-    keys.fill(p, block.sequence, begin, begin + kDecodeKeys < range.end ? begin + kDecodeKeys : range.end);
-    const int64_t count = keys.seen(last_visible);
-    if (count == 0) continue;
-    keys.rows(block, p.key, count, tmp.rows);
-    decode_scores<kRows>(tmp.q, tmp.rows, count, p.dim, tmp.p);
+  const int64_t end = range.end < last_visible ? range.end : last_visible;
+  int64_t begin = range.begin;
+  DecodeBlock<T>*now = tmp.blocks, *next = now + 1;
+  now->fill(p, block, &begin, end);
+  for (; now->count > 0; std::swap(now, next)) {
+    next->fill(p, block, &begin, end);
+    const KeyBlock<kDecodeKeys>& keys = now->keys;
+    const Prefetch<T> prefetch{*next, p.dim, p.value_dim};
+    decode_scores<kRows>(tmp.q, now->k, now->count, p.dim, tmp.p, prefetch);
     if (scoring.transforms) scoring.transform(tmp.p, kRows * kDecodeKeys);
 
     for (int64_t r = 0; r < kRows; ++r) {
@@ -136,8 +193,7 @@ void decode_rows(const Attention& p, const RowBlock& block, KeyRange range, char
       if (p.dropout_p > 0 && r < block.rows)
         for (int64_t j = 0; j < seen; ++j) s[j] *= dropout_factor<Acc>(p, block, r, keys.index[j]);
     }
-    keys.rows(block, p.value, count, tmp.rows);
-    decode_values<kRows>(tmp.p, tmp.rows, count, p.value_dim, rescale, tmp.o);
+    decode_values<kRows>(tmp.p, now->v, now->count, p.value_dim, rescale, tmp.o, prefetch);
   }
   for (int64_t lane = 0; lane < panel.width; ++lane) {
     const bool live = lane < block.rows;

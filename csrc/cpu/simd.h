@@ -118,10 +118,18 @@ inline void from_float(float x, Float16* to) {
 inline Vec<float> load_as(const float* p) { return load(p); }
 inline Vec<double> load_as(const double* p) { return load(p); }
 inline Vec<float> load_as(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__) && !defined(PK_EMULATE_AVX512_BF16)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   Half half;
   __builtin_memcpy(&half, p, sizeof half);
   return bit_cast<Vec<float>>(__builtin_convertvector(half, Vec<uint32_t>) << 16);
+#endif
 }
 inline Vec<float> load_as(const Float16* p) {
 #if defined(__AVX512F__)

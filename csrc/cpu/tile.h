@@ -71,13 +71,20 @@ struct KeyBlock {
   void fill(const Attention& p, const Sequence& sequence, int64_t begin, int64_t end) {
     first = begin;
     size = end - begin;
-    listed = 0;
-    const bool* mask = p.key_mask;
-    if (mask) mask += sequence.index * p.key_mask_batch_stride + sequence.first_key_row * p.key_mask_stride;
-    for (int64_t i = 0; i < size; ++i) {
-      before[i] = static_cast<int32_t>(listed);
-      index[listed] = begin + i;
-      listed += !mask || mask[(begin + i) * p.key_mask_stride];
+    listed = p.key_mask ? 0 : size;
+    if (p.key_mask) {
+      const bool* mask = p.key_mask + sequence.index * p.key_mask_batch_stride +
+                         (sequence.first_key_row + begin) * p.key_mask_stride;
+      for (int64_t i = 0; i < size; ++i) {
+        before[i] = static_cast<int32_t>(listed);
+        index[listed] = begin + i;
+        listed += mask[i * p.key_mask_stride];
+      }
+    } else {
+      for (int64_t i = 0; i < size; ++i) {
+        before[i] = static_cast<int32_t>(i);
+        index[i] = begin + i;
+      }
     }
     before[size] = static_cast<int32_t>(listed);
   }
@@ -90,9 +97,12 @@ struct KeyBlock {
 
   template <class T>
   void rows(const RowBlock& block, const View& view, int64_t count, const T** to) const {
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = row_pointer<const T>(view, block.sequence.index, block.kv_head,
-                                   block.sequence.first_key_row + index[i]);
+    const T* base =
+        row_pointer<const T>(view, block.sequence.index, block.kv_head, block.sequence.first_key_row + first);
+    if (listed == size)
+      for (int64_t i = 0; i < count; ++i) to[i] = base + i * view.row_stride;
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = base + (index[i] - first) * view.row_stride;
   }
 };
 

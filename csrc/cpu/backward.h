@@ -111,7 +111,7 @@ struct BackwardScratch {
   static constexpr int64_t kColumns = int64_t{kBackwardPanels} * kPanel<Acc>;
   KeyBlock<kBackwardKeys>* keys;
   const T** rows;
-  Operand *k, *v, *k_rows;
+  Operand *k, *v, *k_tiles;  // k_tiles: with keys as the depth
   Acc *dk, *dv, *s, *dp, *factor;
   Operand *p, *ds, *ds_keys;
 
@@ -121,6 +121,7 @@ struct BackwardScratch {
     rows = arena.take<const T*>(kBackwardKeys);
     k = arena.take<Operand>(kBackwardKeys * steps<Mode>(problem.dim) + kPackSlack);
     v = arena.take<Operand>(kBackwardKeys * steps<Mode>(problem.value_dim) + kPackSlack);
+    k_tiles = arena.take<Operand>(steps<Mode>(kBackwardKeys) * round_up(problem.dim, kTileRows) + kPackSlack);
     dk = arena.take<Acc>(kBackwardKeys * padded<Acc>(problem.dim));
     dv = arena.take<Acc>(kBackwardKeys * padded<Acc>(problem.value_dim));
     s = arena.take<Acc>(kTile);
@@ -129,10 +130,8 @@ struct BackwardScratch {
     p = arena.take<Operand>(kBackwardKeys * kColumns / Mode::kPack);
     ds = arena.take<Operand>(kBackwardKeys * kColumns / Mode::kPack);
     if constexpr (Mode::kPack == 1) {
-      k_rows = k;
       ds_keys = ds;
     } else {
-      k_rows = arena.take<Operand>(kBackwardKeys / 2 * problem.dim + kPackSlack);
       ds_keys = arena.take<Operand>(kTile / 2);
     }
   }
@@ -173,8 +172,8 @@ inline void add_to_keys(const typename Mode::Operand* a, int64_t a_row, const ty
   using Acc = typename Mode::Acc;
   for (int64_t column = 0; column < channels; column += kPanel<Acc>) {
     const int64_t rest = channels - column, width = padded<Acc>(rest < kPanel<Acc> ? rest : kPanel<Acc>);
-    multiply<Update::kAdd>(Product<Mode>{a, a_row, 1, b + column * row_steps + first * width, width, depth,
-                                         c + column, padded<Acc>(channels), nullptr},
+    multiply<Update::kAdd>(Product<Mode>{a, a_row, a_row, 1, b + column * row_steps + first * width, width,
+                                         depth, c + column, padded<Acc>(channels), nullptr},
                            rows, width);
   }
 }
@@ -221,7 +220,7 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
     if (count > 0) {
       keys.rows(block, p.key, count, tmp.rows);
       pack_channel_steps<Mode>(tmp.rows, count, p.dim, tmp.k);
-      if constexpr (Mode::kPack == 2) pack_row_steps<Mode>(tmp.rows, count, 0, p.dim, p.dim, tmp.k_rows);
+      pack_channel_tiles<Mode>(tmp.rows, count, p.dim, tmp.k_tiles);
       keys.rows(block, p.value, count, tmp.rows);
       pack_channel_steps<Mode>(tmp.rows, count, p.value_dim, tmp.v);
     }
@@ -236,12 +235,14 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
       for (int64_t i = first; i < end; ++i) {
         const Panel panel = panel_at<Acc>(block.rows, i);
         const Visibility<Acc> visible(p, block, keys, panel);
-        multiply<Update::kStore>(Product<Mode>{tmp.k, dim_steps, 1, packed.q + panel.first * dim_steps,
-                                               panel.width, dim_steps, tmp.s, panel.width, nullptr},
-                                 seen, panel.width);
-        multiply<Update::kStore>(Product<Mode>{tmp.v, value_steps, 1, packed.dout + panel.first * value_steps,
-                                               panel.width, value_steps, tmp.dp, panel.width, nullptr},
-                                 seen, panel.width);
+        multiply<Update::kStore>(
+            Product<Mode>{tmp.k, dim_steps, dim_steps, 1, packed.q + panel.first * dim_steps, panel.width,
+                          dim_steps, tmp.s, panel.width, nullptr},
+            seen, panel.width);
+        multiply<Update::kStore>(
+            Product<Mode>{tmp.v, value_steps, value_steps, 1, packed.dout + panel.first * value_steps,
+                          panel.width, value_steps, tmp.dp, panel.width, nullptr},
+            seen, panel.width);
         if (scoring.transforms) scoring.transform(tmp.s, seen * panel.width);
         if (visible.all < visible.any)
           mask_tile<Acc>(tmp.s, panel.width, visible.all, visible.any, visible.limit);
@@ -256,9 +257,10 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
              packed.delta + panel.first, scoring.to_logits, scoring.inverse_softcap,
              tmp.p + columns / Mode::kPack, tmp.ds + columns / Mode::kPack, ds_keys, kStride, keys_stride},
             seen, panel.width);
-        multiply<Update::kAdd>(Product<Mode>{tmp.k_rows, 1, p.dim, ds_keys, keys_stride, steps<Mode>(seen),
-                                             dq + panel.first * p.dim, panel.width, nullptr},
-                               p.dim, panel.width);
+        multiply<Update::kAdd>(
+            Product<Mode>{tmp.k_tiles, steps<Mode>(count), 1, kTileRows, ds_keys, keys_stride,
+                          steps<Mode>(seen), dq + panel.first * p.dim, panel.width, nullptr},
+            p.dim, panel.width);
         columns += panel.width;
       }
       const int64_t first_step = first * kPanel<Acc> / Mode::kPack, depth = columns / Mode::kPack;

@@ -38,7 +38,7 @@ struct ForwardScratch {
     rows = arena.take<const T*>(kForwardKeys > kPanel<Acc> ? kForwardKeys : kPanel<Acc>);
     queries = arena.take<Operand>(round_up(query_rows, kLanes<Acc>) * steps<Mode>(problem.dim));
     k = arena.take<Operand>(kForwardKeys * steps<Mode>(problem.dim) + kPackSlack);
-    v = arena.take<Operand>(kForwardKeys * problem.value_dim + kPackSlack);
+    v = arena.take<Operand>(steps<Mode>(kForwardKeys) * round_up(problem.value_dim, kTileRows) + kPackSlack);
     s = arena.take<Acc>(kTile);
     if constexpr (Mode::kPack == 1)
       p = s;  // in place
@@ -83,7 +83,7 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
     keys.rows(block, p.key, count, tmp.rows);
     pack_channel_steps<Mode>(tmp.rows, count, p.dim, tmp.k);
     keys.rows(block, p.value, count, tmp.rows);
-    pack_row_steps<Mode>(tmp.rows, count, 0, p.value_dim, p.value_dim, tmp.v);
+    pack_channel_tiles<Mode>(tmp.rows, count, p.value_dim, tmp.v);
 
     for (int64_t i = 0; i < panels; ++i) {
       const Panel panel = panel_at<Acc>(block.rows, i);
@@ -91,9 +91,10 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
       if (visible.any == 0) continue;
       const Partial<Acc> partial(p, slot, panel);
 
-      multiply<Update::kStore>(Product<Mode>{tmp.k, dim_steps, 1, tmp.queries + panel.first * dim_steps,
-                                             panel.width, dim_steps, tmp.s, panel.width, nullptr},
-                               visible.any, panel.width);
+      multiply<Update::kStore>(
+          Product<Mode>{tmp.k, dim_steps, dim_steps, 1, tmp.queries + panel.first * dim_steps, panel.width,
+                        dim_steps, tmp.s, panel.width, nullptr},
+          visible.any, panel.width);
       if (scoring.transforms) scoring.transform(tmp.s, visible.any * panel.width);
       if (visible.all < visible.any)
         mask_tile<Acc>(tmp.s, panel.width, visible.all, visible.any, visible.limit);
@@ -105,7 +106,7 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
         step(visible.any, tmp.s, scoring.to_log2, tmp.factor, partial.maximum, partial.sum, tmp.rescale,
              tmp.p);
       });
-      multiply<Update::kRescale>(Product<Mode>{tmp.v, 1, p.value_dim, tmp.p, panel.width,
+      multiply<Update::kRescale>(Product<Mode>{tmp.v, steps<Mode>(count), 1, kTileRows, tmp.p, panel.width,
                                                steps<Mode>(visible.any), partial.o, panel.width, tmp.rescale},
                                  p.value_dim, panel.width);
     }

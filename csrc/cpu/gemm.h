@@ -47,7 +47,8 @@ struct Product {
   using Operand = typename Mode::Operand;
 
   const Operand* a;
-  int64_t a_row, a_step;
+  int64_t a_tile;         // a tile that starts at row r lies at a + r * a_tile
+  int64_t a_row, a_step;  // within a tile
   const Operand* b;
   int64_t b_step;
   int64_t depth;  // in operands
@@ -62,7 +63,7 @@ inline void multiply_tile(const Product<Mode>& p, int64_t row) {
   using Operand = typename Mode::Operand;
   constexpr int kStep = kLanes<Acc>;
   Vec<Acc> acc[kRows][kVectors] = {};
-  const Operand* a = p.a + row * p.a_row;
+  const Operand* a = p.a + row * p.a_tile;
   const Operand* b = p.b;
   const int64_t a_row = p.a_row;
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {

@@ -65,6 +65,30 @@ inline void pack_row_steps(const T* const* rows, int64_t count, int64_t first, i
   }
 }
 
+// Rows are the depth and channels come in tiles: to[tile][row step][channel in tile]. A tile is read from one
+// end to the other, where rows as they are would cost a cache line for each of its steps.
+template <class Mode, class T>
+inline void pack_channel_tiles(const T* const* rows, int64_t count, int64_t channels,
+                               typename Mode::Operand* to) {
+  using Operand = typename Mode::Operand;
+  using Acc = typename Mode::Acc;
+  // Whole vectors are stored: what is too much of each is overwritten by the next.
+  for (int64_t tile = 0; tile < channels; tile += kTileRows)
+    for (int64_t r = 0; r < count; r += Mode::kPack, to += kTileRows)
+      for (int64_t x = 0; x < kTileRows; x += kLanes<Acc>) {
+        const int64_t channel = tile + x, rest = channels - channel;
+        if constexpr (Mode::kPack == 2) {
+          const auto bits_of = [&](const T* row) {
+            return bit_cast<Vec<uint32_t>>(load_as<float>(row + channel, rest));
+          };
+          const Vec<Operand> high = r + 1 < count ? bits_of(rows[r + 1]) : Vec<Operand>{};
+          store(to + x, bits_of(rows[r]) >> 16 | high);
+        } else {
+          store(to + x, load_as<Acc>(rows[r] + channel, rest));
+        }
+      }
+}
+
 // The operands at steps [step, step + vector width) of a row, zeros past its end.
 template <class Mode, class T>
 inline Vec<typename Mode::Operand> load_steps(const T* row, int64_t step, int64_t dim) {

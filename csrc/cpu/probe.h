@@ -37,8 +37,8 @@ void matmul_as(const T* a, const T* b, float* c, int64_t rows, int64_t columns, 
     pack_row_steps<Mode, T>(pointers, depth, column, count, width, packed_b);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
-      multiply<Update::kStore>(Product<Mode>{packed_a + row * depth_steps, depth_steps, 1, packed_b, width,
-                                             depth_steps, tile, width, nullptr},
+      multiply<Update::kStore>(Product<Mode>{packed_a + row * depth_steps, depth_steps, depth_steps, 1,
+                                             packed_b, width, depth_steps, tile, width, nullptr},
                                tile_rows, width);
       for (int64_t r = 0; r < tile_rows; ++r)
         for (int64_t x = 0; x < count; ++x) c[(row + r) * columns + column + x] = tile[r * width + x];

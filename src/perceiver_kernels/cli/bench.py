@@ -8,6 +8,7 @@ its results are within budget first.
 from __future__ import annotations
 
 import argparse
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ SHAPE_FLAGS = {
     "dim": "D",
     "value_dim": "Dv",
 }
+PROBE_BYTES, PROBE_RUNS = 256 << 20, 5  # well beyond any cache
 PRESETS = {case.name: case for case in BENCH_CASES}
 
 
@@ -153,7 +155,9 @@ class Problem:
             return
         self.candidates.append(candidate)
 
-    def rows(self, peaks: dict[str, float | None], memory: dict[str, int | None]) -> list[dict[str, Any]]:
+    def rows(
+        self, peaks: dict[str, float | None], read: float | None, memory: dict[str, int | None]
+    ) -> list[dict[str, Any]]:
         """One row for each candidate, with what has been sampled so far."""
         sampled = {c.name: c for c in self.candidates if c.samples}
         timings = {name: measure.summary(c.samples) for name, c in sampled.items()}
@@ -165,6 +169,7 @@ class Problem:
             if name in timings:
                 timing = timings[name]
                 rate = work / timing["median_s"] / 1e9
+                bandwidth = kv_bytes / timing["median_s"] / 1e9
                 base = timings.get("torch-sdpa")
                 row |= timing
                 row |= {
@@ -174,7 +179,8 @@ class Problem:
                     "peak_gflops": peaks[self.dtype],
                     "peak_fraction": None if peaks[self.dtype] is None else rate / (peaks[self.dtype] or 1.0),
                     "speedup": None if base is None else base["median_s"] / timing["median_s"],
-                    "kv_gb_per_s": None if self.backward else kv_bytes / timing["median_s"] / 1e9,
+                    "kv_gb_per_s": None if self.backward else bandwidth,
+                    "bandwidth_fraction": None if self.backward or not read else bandwidth / read,
                     "peak_extra_bytes": memory.get(name),
                 }
             rows.append(row)
@@ -184,6 +190,14 @@ class Problem:
 def fma_peak(dtype: str) -> float | None:
     """GFLOP/s of a loop of multiply-adds alone, with torch's number of threads; None without the library."""
     return float(native.fma_peak(dtype, torch.get_num_threads())) if build() and native is not None else None
+
+
+def read_bandwidth() -> float | None:
+    """GB/s of a loop that reads memory alone, with torch's number of threads; None without the library."""
+    if not build() or native is None:
+        return None
+    runs = [float(native.read_bandwidth(torch.get_num_threads(), PROBE_BYTES)) for _ in range(PROBE_RUNS)]
+    return statistics.median(runs)
 
 
 def measure_problem(
@@ -204,7 +218,10 @@ def measure_problem(
                 bar.update(task, description=f"{label}: warm-up and check of {name}")
                 problem.admit(name, reference)
                 bar.advance(task)
-            result["peak_gflops"].setdefault(problem.dtype, fma_peak(problem.dtype))
+            if problem.dtype not in result["peak_gflops"]:
+                result["peak_gflops"][problem.dtype] = fma_peak(problem.dtype)
+            if result["read_gb_per_s"] is None:
+                result["read_gb_per_s"] = read_bandwidth()
             bar.reset(task, total=repeat * len(problem.candidates), description=f"{label}: timing")
             for _ in measure.rounds(problem.candidates, repeat, limit):
                 bar.advance(task)
@@ -214,7 +231,7 @@ def measure_problem(
                     memory[candidate.name] = weigh(problem, candidate)
                     bar.advance(task)
     finally:
-        result["rows"] = earlier + problem.rows(result["peak_gflops"], memory)
+        result["rows"] = earlier + problem.rows(result["peak_gflops"], result["read_gb_per_s"], memory)
 
 
 def weigh(problem: Problem, candidate: Candidate) -> int | None:
@@ -250,6 +267,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             "of peak",
             "vs sdpa",
             "K,V GB/s",
+            "of read",
             "peak MiB",
             "error/budget",
         ):
@@ -266,6 +284,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 "-" if row["peak_fraction"] is None else f"{row['peak_fraction']:.0%}",
                 "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
                 "-" if row["kv_gb_per_s"] is None else f"{row['kv_gb_per_s']:.1f}",
+                "-" if row["bandwidth_fraction"] is None else f"{row['bandwidth_fraction']:.0%}",
                 mib(row["peak_extra_bytes"]),
                 f"{row['error']:.1e} / {row['budget']:.1e}"
                 if row["within_budget"]
@@ -308,7 +327,7 @@ def measure_all(
     **options: Any,
 ) -> None:
     """Measure each (case, dtype, pass) into `result`, print and draw them: those so far, if interrupted."""
-    result["rows"], result["peak_gflops"] = [], {}
+    result["rows"], result["peak_gflops"], result["read_gb_per_s"] = [], {}, None
     try:
         for case, dtype, direction in problems:
             measure_problem(Problem(case, dtype, direction), names, result, **options)

@@ -10,13 +10,15 @@ from perceiver_kernels.testing.budget import relative_error
 from perceiver_kernels.testing.cases import TORCH_SHORTFALLS, Case
 
 LONG = Case("quarter_million", 1, 1, 1, 64, 262_144, 64, 64)
+LONGEST = Case("million", 1, 1, 1, 16, 1_048_576, 64, 64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("case", [LONG, LONGEST], ids=lambda case: case.name)
 @pytest.mark.parametrize("backend", OURS)
-def test_budgets_at_a_quarter_million_keys(backend: str, dtype: torch.dtype) -> None:
-    inputs, allowed = answers(LONG, dtype)
+def test_budgets_over_a_long_input(backend: str, case: Case, dtype: torch.dtype) -> None:
+    inputs, allowed = answers(case, dtype)
     got = inputs.run(backend)
     for name, (want, limit) in allowed.items():
         error = relative_error(got[name], want)

@@ -109,6 +109,7 @@ CASES: tuple[Case, ...] = (
 
 BENCH_CASES: tuple[Case, ...] = (
     Case("train", 1, 8, 8, 1024, 16384, 64, 64),
+    Case("train_128", 1, 8, 8, 1024, 16384, 128, 128),
     Case("grouped", 1, 16, 4, 512, 16384, 128, 128),
     Case("decode", 1, 8, 8, 1, 131072, 64, 64),
     Case("long", 1, 8, 8, 256, 131072, 64, 64),

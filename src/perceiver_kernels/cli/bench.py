@@ -38,7 +38,7 @@ SHAPE_FLAGS = {
     "dim": "D",
     "value_dim": "Dv",
 }
-PROBE_BYTES, PROBE_RUNS = 256 << 20, 5  # well beyond any cache
+PROBE_BYTES = 256 << 20  # beyond any cache
 PRESETS = {case.name: case for case in BENCH_CASES}
 
 
@@ -135,6 +135,7 @@ class Problem:
         self.head = {"case": case.name, "shape": shape_text(case), "dtype": dtype, "pass": direction}
         self.candidates: list[Candidate] = []
         self.notes: dict[str, dict[str, Any]] = {}
+        self.reads: list[float] = []  # read bandwidth of memory alone, GB/s, once in each round
 
     def admit(self, name: str, reference: measure.Reference) -> None:
         """Prepare and check one candidate; a backend over budget, or one that can't run, is left out."""
@@ -155,14 +156,13 @@ class Problem:
             return
         self.candidates.append(candidate)
 
-    def rows(
-        self, peaks: dict[str, float | None], read: float | None, memory: dict[str, int | None]
-    ) -> list[dict[str, Any]]:
+    def rows(self, peaks: dict[str, float | None], memory: dict[str, int | None]) -> list[dict[str, Any]]:
         """One row for each candidate, with what has been sampled so far."""
         sampled = {c.name: c for c in self.candidates if c.samples}
         timings = {name: measure.summary(c.samples) for name, c in sampled.items()}
         work = measure.operations(self.inputs, self.backward)
         kv_bytes = sum(x.numel() * x.element_size() for x in (self.inputs.key, self.inputs.value))
+        read = statistics.median(self.reads) if self.reads else None
         rows = []
         for name, note in self.notes.items():
             row = dict(note)
@@ -180,7 +180,8 @@ class Problem:
                     "peak_fraction": None if peaks[self.dtype] is None else rate / (peaks[self.dtype] or 1.0),
                     "speedup": None if base is None else base["median_s"] / timing["median_s"],
                     "kv_gb_per_s": None if self.backward else bandwidth,
-                    "bandwidth_fraction": None if self.backward or not read else bandwidth / read,
+                    "read_gb_per_s": read,
+                    "bandwidth_fraction": None if self.backward or read is None else bandwidth / read,
                     "peak_extra_bytes": memory.get(name),
                 }
             rows.append(row)
@@ -194,10 +195,7 @@ def fma_peak(dtype: str) -> float | None:
 
 def read_bandwidth() -> float | None:
     """GB/s of a loop that reads memory alone, with torch's number of threads; None without the library."""
-    if not build() or native is None:
-        return None
-    runs = [float(native.read_bandwidth(torch.get_num_threads(), PROBE_BYTES)) for _ in range(PROBE_RUNS)]
-    return statistics.median(runs)
+    return float(native.read_bandwidth(torch.get_num_threads(), PROBE_BYTES)) if build() and native else None
 
 
 def measure_problem(
@@ -220,10 +218,10 @@ def measure_problem(
                 bar.advance(task)
             if problem.dtype not in result["peak_gflops"]:
                 result["peak_gflops"][problem.dtype] = fma_peak(problem.dtype)
-            if result["read_gb_per_s"] is None:
-                result["read_gb_per_s"] = read_bandwidth()
             bar.reset(task, total=repeat * len(problem.candidates), description=f"{label}: timing")
-            for _ in measure.rounds(problem.candidates, repeat, limit):
+            for i, _ in enumerate(measure.rounds(problem.candidates, repeat, limit)):
+                if i % len(problem.candidates) == 0:  # a shared memory bus drifts: once in each round
+                    problem.reads += [] if (read := read_bandwidth()) is None else [read]
                 bar.advance(task)
             if weighed:
                 bar.reset(task, total=len(problem.candidates), description=f"{label}: memory")
@@ -231,7 +229,7 @@ def measure_problem(
                     memory[candidate.name] = weigh(problem, candidate)
                     bar.advance(task)
     finally:
-        result["rows"] = earlier + problem.rows(result["peak_gflops"], result["read_gb_per_s"], memory)
+        result["rows"] = earlier + problem.rows(result["peak_gflops"], memory)
 
 
 def weigh(problem: Problem, candidate: Candidate) -> int | None:
@@ -327,7 +325,7 @@ def measure_all(
     **options: Any,
 ) -> None:
     """Measure each (case, dtype, pass) into `result`, print and draw them: those so far, if interrupted."""
-    result["rows"], result["peak_gflops"], result["read_gb_per_s"] = [], {}, None
+    result["rows"], result["peak_gflops"] = [], {}
     try:
         for case, dtype, direction in problems:
             measure_problem(Problem(case, dtype, direction), names, result, **options)

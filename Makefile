@@ -5,15 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test bench lint format clean
+.PHONY: help build demo test sanitize aarch64 bench lint format clean
 
 help:
 	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
 	@echo "make test    the test suite"
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
 	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table and JSON"
+	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (5 minutes)"
+	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
 	@echo "make lint    ruff, mypy and clang-format;  make format applies what they can fix"
 
 $(VENV)/bin/python:
@@ -37,6 +39,34 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# $(call kernels_test,folder,CMake options): builds tests/cpp, for which neither Python nor torch is needed.
+define kernels_test
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DPERCEIVER_KERNELS_CPP_TESTS=ON \
+  -DPERCEIVER_KERNELS_EMULATED_SET=ON -DPERCEIVER_KERNELS_WERROR=ON $(2)
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1) --parallel $$(nproc)
+endef
+# Sets that this processor can't run are not worth the minutes.
+AVX512 = $(if $(shell grep -w avx512f /proc/cpuinfo),ON,OFF)
+ASAN := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+TSAN := -O1 -fsanitize=thread
+SANITIZED = -DCMAKE_BUILD_TYPE=Debug -DPERCEIVER_KERNELS_AVX512=$(AVX512)
+
+sanitize: $(VENV)/.tools
+	$(call kernels_test,build/asan,$(SANITIZED) -DCMAKE_CXX_FLAGS="$(ASAN)")
+	build/asan/kernels_test
+	$(call kernels_test,build/tsan,$(SANITIZED) -DCMAKE_CXX_FLAGS="$(TSAN)")
+	$$(setarch -R true 2>/dev/null && echo setarch -R) build/tsan/kernels_test
+
+AARCH64_CXX := aarch64-linux-gnu-g++
+QEMU = $(firstword $(shell command -v qemu-aarch64 qemu-aarch64-static))
+
+aarch64: $(VENV)/.tools
+	@command -v $(AARCH64_CXX) >/dev/null && test -n "$(QEMU)" || \
+	{ echo "make aarch64 needs the Debian packages g++-aarch64-linux-gnu and qemu-user (or qemu-user-static)"; exit 1; }
+	$(call kernels_test,build/aarch64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static)
+	$(QEMU) build/aarch64/kernels_test
 
 bench: build
 	$(BIN)/perceiver-kernels bench --json bench.json

@@ -27,6 +27,7 @@ struct DecodeBlock {
       count = keys.listed;
       *begin = stop;
     }
+    if (count == 0) return;
     keys.rows(block, p.key, count, k);
     keys.rows(block, p.value, count, v);
   }

@@ -19,13 +19,18 @@ PK_DECLARE(emulated)
 PK_DECLARE(baseline)
 #ifdef PK_HAS_X86_SETS
 PK_DECLARE(avx2)
-PK_DECLARE(avx512)
-PK_DECLARE(avx512_bf16)
 
 namespace {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+}  // namespace
+#endif
+#ifdef PK_HAS_AVX512_SETS
+PK_DECLARE(avx512)
+PK_DECLARE(avx512_bf16)
+
+namespace {
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -42,6 +47,8 @@ extern const InstructionSet kInstructionSets[] = {
     {"baseline", [] { return true; }, baseline::kernels, &baseline::kInternals},
 #ifdef PK_HAS_X86_SETS
     {"avx2", has_avx2, avx2::kernels, &avx2::kInternals},
+#endif
+#ifdef PK_HAS_AVX512_SETS
     {"avx512", has_avx512, avx512::kernels, &avx512::kInternals},
     {"avx512_bf16", has_avx512_bf16, avx512_bf16::kernels, &avx512_bf16::kInternals},
 #endif

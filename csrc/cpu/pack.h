@@ -14,11 +14,18 @@ inline int64_t steps(int64_t elements) {
   return (elements + Mode::kPack - 1) / Mode::kPack;
 }
 
-template <class T>
-inline uint32_t pair_of(const T* low, const T* high, int64_t channel) {
-  uint32_t low_bits = low ? low[channel].bits : 0u;
-  uint32_t high_bits = high ? high[channel].bits : 0u;
-  return low_bits | high_bits << 16;
+// One step of the depth where rows are the depth: a row, or a pair of rows, from `channel` on.
+template <class Mode, class T>
+inline Vec<typename Mode::Operand> load_row_step(const T* const* rows, int64_t r, int64_t count,
+                                                 int64_t channel, int64_t rest) {
+  using Acc = typename Mode::Acc;
+  const auto row_at = [&](int64_t x) {
+    return x < count && rows[x] ? load_as<Acc>(rows[x] + channel, rest) : Vec<Acc>{};
+  };
+  if constexpr (Mode::kPack == 2)
+    return bit_cast<Vec<uint32_t>>(row_at(r)) >> 16 | bit_cast<Vec<uint32_t>>(row_at(r + 1));
+  else
+    return row_at(r);
 }
 
 // Channels are the depth: to[row][step].
@@ -40,29 +47,14 @@ inline void pack_channel_steps(const T* const* rows, int64_t count, int64_t dim,
   }
 }
 
-// Rows are the depth: to[row step][channel - first] for `channels` channels, zeros up to `width`.
+// Rows are the depth: to[row step][channel - first] for `channels` channels, zeros up to `width`. Whole
+// vectors are stored: what is too much of each is overwritten by the next.
 template <class Mode, class T>
 inline void pack_row_steps(const T* const* rows, int64_t count, int64_t first, int64_t channels,
                            int64_t width, typename Mode::Operand* to) {
-  using Acc = typename Mode::Acc;
-  for (int64_t r = 0; r < count; r += Mode::kPack, to += width) {
-    const T* row = rows[r];
-    int64_t channel = 0;
-    if constexpr (Mode::kPack == 2) {
-      const T* next = r + 1 < count ? rows[r + 1] : nullptr;
-      if (row && next)
-        for (; channel + kLanes<float> <= channels; channel += kLanes<float>) {
-          Vec<uint32_t> low = bit_cast<Vec<uint32_t>>(load_as(row + first + channel)) >> 16;
-          store(to + channel, low | bit_cast<Vec<uint32_t>>(load_as(next + first + channel)));
-        }
-      for (; channel < channels; ++channel) to[channel] = pair_of(row, next, first + channel);
-    } else if (row) {
-      for (; channel < channels; channel += kLanes<Acc>)
-        store(to + channel, load_as<Acc>(row + first + channel, channels - channel));
-      channel = channels;
-    }
-    for (; channel < width; ++channel) to[channel] = 0;
-  }
+  for (int64_t r = 0; r < count; r += Mode::kPack, to += width)
+    for (int64_t channel = 0; channel < width; channel += kLanes<typename Mode::Acc>)
+      store(to + channel, load_row_step<Mode>(rows, r, count, first + channel, channels - channel));
 }
 
 // Rows are the depth and channels come in tiles: to[tile][row step][channel in tile]. A tile is read from one
@@ -70,23 +62,8 @@ inline void pack_row_steps(const T* const* rows, int64_t count, int64_t first, i
 template <class Mode, class T>
 inline void pack_channel_tiles(const T* const* rows, int64_t count, int64_t channels,
                                typename Mode::Operand* to) {
-  using Operand = typename Mode::Operand;
-  using Acc = typename Mode::Acc;
-  // Whole vectors are stored: what is too much of each is overwritten by the next.
-  for (int64_t tile = 0; tile < channels; tile += kTileRows)
-    for (int64_t r = 0; r < count; r += Mode::kPack, to += kTileRows)
-      for (int64_t x = 0; x < kTileRows; x += kLanes<Acc>) {
-        const int64_t channel = tile + x, rest = channels - channel;
-        if constexpr (Mode::kPack == 2) {
-          const auto bits_of = [&](const T* row) {
-            return bit_cast<Vec<uint32_t>>(load_as<float>(row + channel, rest));
-          };
-          const Vec<Operand> high = r + 1 < count ? bits_of(rows[r + 1]) : Vec<Operand>{};
-          store(to + x, bits_of(rows[r]) >> 16 | high);
-        } else {
-          store(to + x, load_as<Acc>(rows[r] + channel, rest));
-        }
-      }
+  for (int64_t tile = 0; tile < channels; tile += kTileRows, to += steps<Mode>(count) * kTileRows)
+    pack_row_steps<Mode>(rows, count, tile, channels - tile, kTileRows, to);
 }
 
 // The operands at steps [step, step + vector width) of a row, zeros past its end.

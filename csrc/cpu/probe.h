@@ -63,13 +63,11 @@ void matmul(DType dtype, const void* a, const void* b, float* c, int64_t rows, i
 // Hides a register from the compiler, so that it neither folds nor drops the arithmetic around it.
 template <class V>
 inline void opaque(V& v) {
-#if defined(PK_EMULATE_AVX512_BF16)  // its vectors are wider than a register
-  __asm__ volatile("" : "+m"(v));
-#elif defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PK_EMULATE_AVX512_BF16)
   __asm__ volatile("" : "+x"(v));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(PK_EMULATE_AVX512_BF16)
   __asm__ volatile("" : "+w"(v));
-#else
+#else  // the emulated set's vectors are wider than a register
   __asm__ volatile("" : "+m"(v));
 #endif
 }

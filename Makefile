@@ -14,7 +14,7 @@ help:
 	@echo "make test    the test suite"
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
 	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table and JSON"
-	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (5 minutes)"
+	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
 	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
 	@echo "make lint    ruff, mypy and clang-format;  make format applies what they can fix"
 

@@ -15,15 +15,13 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from perceiver_kernels._library import native
 from perceiver_kernels.cli import charts, measure
-from perceiver_kernels.cli.fresh import in_fresh_process
 from perceiver_kernels.cli.machine import caption, provenance
 from perceiver_kernels.cli.report import Result, out, progress, write_json
 from perceiver_kernels.testing.cases import Case
@@ -55,9 +53,7 @@ def shapes(args: argparse.Namespace) -> Iterator[Callable[[], Row]]:
             for d in DIMS:
                 for m in QUERIES:
                     case = Case("shape", 1, 8, 8, m, args.keys, d, d)
-                    yield lambda case=case, dtype=dtype, direction=direction: timed(
-                        case, dtype, direction, args.repeat
-                    )
+                    yield partial(timed, case, dtype, direction, args.repeat)
 
 
 def add_trends(rows: list[Row]) -> None:
@@ -89,11 +85,11 @@ def report_shapes(result: Result, plot: Path | None) -> None:
     """The lowest share of the trend for each dtype and pass, and one panel of curves for each."""
     rows = result["rows"]
     add_trends(rows)
-    panels = list(dict.fromkeys((r["dtype"], r["pass"]) for r in rows))
-    for panel in panels:
-        group = [r for r in rows if (r["dtype"], r["pass"]) == panel and r["of_trend"]]
-        if group:
-            low = min(group, key=lambda r: r["of_trend"])
+    panels = by_kind(rows)
+    for panel, group in panels.items():
+        inner = [r for r in group if r["of_trend"]]
+        if inner:
+            low = min(inner, key=lambda r: r["of_trend"])
             out.print(f"{panel}: lowest {low['of_trend']:.2f} of the trend at M={low['M']} D={low['D']}")
     pairs = {(r["M"], r["D"], r["dtype"]): r["gflops"] for r in rows if r["pass"] == "fwd"}
     ratios = [
@@ -106,9 +102,9 @@ def report_shapes(result: Result, plot: Path | None) -> None:
         out.print(f"float16 over float32, forward: median {middle:.2f}, lowest {min(ratios)}")
     if plot and rows:
         figure, axes = charts.canvas(2, -(-len(panels) // 2), (11, 3.3 * -(-len(panels) // 2)))
-        for axis, (dtype, direction) in zip(axes, panels, strict=False):
+        for axis, ((dtype, direction), group) in zip(axes, panels.items(), strict=False):
             for i, d in enumerate(DIMS):
-                line = [r for r in rows if (r["dtype"], r["pass"], r["D"]) == (dtype, direction, d)]
+                line = [r for r in group if r["D"] == d]
                 shade = (0.75 - 0.6 * i / len(DIMS), 0.85 - 0.5 * i / len(DIMS), 0.95 - 0.25 * i / len(DIMS))
                 axis.plot(
                     [r["M"] for r in line], [r["gflops"] for r in line], ".-", color=shade, label=f"D{d}"
@@ -133,39 +129,38 @@ def outputs_bytes(case: Case, dtype: str, backward: bool) -> int:
     return size * (queries + backward * (queries + keys)) + 4 * case.B * case.H * case.M
 
 
+def timed_and_weighed(case: Case, dtype: str, direction: str, rounds: int) -> Row:
+    """The same with peak memory beyond the outputs."""
+    row = timed(case, dtype, direction, rounds)
+    backward = direction == "fwdbwd"
+    peak = measure.weigh(case, dtype, backward, "cpu")
+    if peak is not None:
+        row["extra_bytes"] = peak - outputs_bytes(case, dtype, backward)
+    return row
+
+
 def length(args: argparse.Namespace) -> Iterator[Callable[[], Row]]:
     """B1 H8 M256 D64 over N: time for each visible pair, and peak memory beyond the outputs."""
     for dtype in ("float32", "bfloat16"):
         for direction in measure.PASSES:
             for n in LENGTHS:
+                case = Case("length", 1, 8, 8, 256, n, 64, 64)
+                yield partial(timed_and_weighed, case, dtype, direction, args.repeat)
 
-                def job(case: Case, dtype: str, direction: str) -> Row:
-                    row = timed(case, dtype, direction, args.repeat)
-                    backward = direction == "fwdbwd"
-                    argument = {
-                        "case": asdict(case),
-                        "dtype": dtype,
-                        "backward": backward,
-                        "name": "cpu",
-                        "way": "",
-                        "threads": torch.get_num_threads(),
-                    }
-                    peak = in_fresh_process(measure.peak_memory, argument)
-                    if peak is not None:
-                        row["extra_bytes"] = peak - outputs_bytes(case, dtype, backward)
-                    return row
 
-                yield lambda n=n, dtype=dtype, direction=direction: job(
-                    Case("length", 1, 8, 8, 256, n, 64, 64), dtype, direction
-                )
+def by_kind(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows of each (dtype, pass), in the order in which they were measured."""
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row["dtype"], row["pass"]), []).append(row)
+    return kinds
 
 
 def report_length(result: Result, plot: Path | None) -> None:
     """GFLOP/s and extra memory over N; linear time is a flat line."""
     rows = result["rows"]
-    kinds = list(dict.fromkeys((r["dtype"], r["pass"]) for r in rows))
-    for kind in kinds:
-        group = [r for r in rows if (r["dtype"], r["pass"]) == kind]
+    kinds = by_kind(rows)
+    for kind, group in kinds.items():
         rates = [r["gflops"] for r in group]
         memory = max((r["extra_bytes"] for r in group if "extra_bytes" in r), default=0)
         listed = ", ".join(f"{rate:.0f}" for rate in rates)
@@ -175,8 +170,7 @@ def report_length(result: Result, plot: Path | None) -> None:
         )
     if plot and rows:
         figure, (speed, extra) = charts.canvas(2, 1, (10, 3.6))
-        for kind in kinds:
-            group = [r for r in rows if (r["dtype"], r["pass"]) == kind]
+        for kind, group in kinds.items():
             style = {"float32": "-", "bfloat16": "--"}[kind[0]]
             color = {"fwd": charts.OURS, "fwdbwd": "#d6604d"}[kind[1]]
             label = f"{kind[0]} {kind[1]}"
@@ -203,35 +197,35 @@ def report_length(result: Result, plot: Path | None) -> None:
         charts.save(figure, plot, caption(result))
 
 
-def threads(args: argparse.Namespace) -> Iterator[Callable[[], Row]]:
+def timed_on_threads(dtype: str, direction: str, rounds: int) -> Row:
     """B1 H1 M256 N131072 D64 with one thread and with all, in turns."""
     everyone = torch.get_num_threads()
+    inputs = make_inputs(Case("threads", 1, 1, 1, 256, 131072, 64, 64), measure.DTYPES[dtype], "cpu", 0)
+    candidate = measure.prepare("cpu", inputs, direction == "fwdbwd")
+    samples: dict[int, list[float]] = {1: [], everyone: []}
+    try:
+        for _ in range(rounds):
+            for count, seconds in samples.items():
+                torch.set_num_threads(count)
+                seconds.append(measure.clock(candidate.call, candidate.loops))
+    finally:
+        torch.set_num_threads(everyone)
+    medians = {count: statistics.median(seconds) for count, seconds in samples.items()}
+    return {
+        "dtype": dtype,
+        "pass": direction,
+        "threads": everyone,
+        "one_thread_s": medians[1],
+        "all_threads_s": medians[everyone],
+        "speedup": medians[1] / medians[everyone],
+    }
+
+
+def threads(args: argparse.Namespace) -> Iterator[Callable[[], Row]]:
+    """One (batch, head) in each dtype and pass."""
     for dtype in ("float32", "bfloat16"):
         for direction in measure.PASSES:
-
-            def job(dtype: str, direction: str) -> Row:
-                case = Case("threads", 1, 1, 1, 256, 131072, 64, 64)
-                inputs = make_inputs(case, measure.DTYPES[dtype], "cpu", 0)
-                candidate = measure.prepare("cpu", inputs, direction == "fwdbwd")
-                samples: dict[int, list[float]] = {1: [], everyone: []}
-                try:
-                    for _ in range(args.repeat):
-                        for count, seconds in samples.items():
-                            torch.set_num_threads(count)
-                            seconds.append(measure.clock(candidate.call, candidate.loops))
-                finally:
-                    torch.set_num_threads(everyone)
-                medians = {count: statistics.median(seconds) for count, seconds in samples.items()}
-                return {
-                    "dtype": dtype,
-                    "pass": direction,
-                    "threads": everyone,
-                    "one_thread_s": medians[1],
-                    "all_threads_s": medians[everyone],
-                    "speedup": medians[1] / medians[everyone],
-                }
-
-            yield lambda dtype=dtype, direction=direction: job(dtype, direction)
+            yield partial(timed_on_threads, dtype, direction, args.repeat)
 
 
 def report_threads(result: Result, plot: Path | None) -> None:
@@ -263,10 +257,10 @@ def main() -> None:
         **provenance(),
         "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
     }
-    threads_used = torch.get_num_threads()
+    if args.plot:
+        charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show before minutes of measuring
     result["peak_gflops"] = {
-        dtype: native.fma_peak(dtype if dtype != "float16" else "float32", threads_used) if native else None
-        for dtype in ("float32", "bfloat16", "float16")
+        dtype: next(iter(measure.fma_peak(dtype)), None) for dtype in ("float32", "bfloat16", "float16")
     }
     result["rows"] = []
     todo = list(jobs(args))

@@ -173,7 +173,7 @@ inline void add_to_keys(const typename Mode::Operand* a, int64_t a_row, const ty
   for (int64_t column = 0; column < channels; column += kPanel<Acc>) {
     const int64_t rest = channels - column, width = padded<Acc>(rest < kPanel<Acc> ? rest : kPanel<Acc>);
     multiply<Update::kAdd>(Product<Mode>{a, a_row, a_row, 1, b + column * row_steps + first * width, width,
-                                         depth, c + column, padded<Acc>(channels), nullptr},
+                                         depth, c + column, padded<Acc>(channels)},
                            rows, width);
   }
 }
@@ -206,6 +206,7 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
   const int64_t dim_steps = steps<Mode>(p.dim), value_steps = steps<Mode>(p.value_dim);
   const int64_t panels = panel_count<Acc>(block.rows);
   const int64_t last_visible = visible_to_row(p, block, block.rows - 1);
+  const int64_t last_read = range.end < last_visible ? range.end : last_visible;
   constexpr int64_t kStride = BackwardScratch<Mode, T>::kColumns / Mode::kPack;
   Acc* dq = reinterpret_cast<Acc*>(slab);
   for (int64_t x = 0; x < round_up(block.rows, kLanes<Acc>) * p.dim; ++x) dq[x] = 0;
@@ -234,14 +235,16 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
       int64_t columns = 0;
       for (int64_t i = first; i < end; ++i) {
         const Panel panel = panel_at<Acc>(block.rows, i);
+        keys.template prefetch_next<T>(block, p.key, p.dim, last_read, i, panels);
+        keys.template prefetch_next<T>(block, p.value, p.value_dim, last_read, i, panels);
         const Visibility<Acc> visible(p, block, keys, panel);
         multiply<Update::kStore>(
             Product<Mode>{tmp.k, dim_steps, dim_steps, 1, packed.q + panel.first * dim_steps, panel.width,
-                          dim_steps, tmp.s, panel.width, nullptr},
+                          dim_steps, tmp.s, panel.width},
             seen, panel.width);
         multiply<Update::kStore>(
             Product<Mode>{tmp.v, value_steps, value_steps, 1, packed.dout + panel.first * value_steps,
-                          panel.width, value_steps, tmp.dp, panel.width, nullptr},
+                          panel.width, value_steps, tmp.dp, panel.width},
             seen, panel.width);
         if (scoring.transforms) scoring.transform(tmp.s, seen * panel.width);
         if (visible.all < visible.any)
@@ -259,7 +262,7 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
             seen, panel.width);
         multiply<Update::kAdd>(
             Product<Mode>{tmp.k_tiles, steps<Mode>(count), 1, kTileRows, ds_keys, keys_stride,
-                          steps<Mode>(seen), dq + panel.first * p.dim, panel.width, nullptr},
+                          steps<Mode>(seen), dq + panel.first * p.dim, panel.width},
             p.dim, panel.width);
         columns += panel.width;
       }

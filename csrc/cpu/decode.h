@@ -182,11 +182,11 @@ void decode_rows(const Attention& p, const RowBlock& block, KeyRange range, char
       const Acc base = now == kMinusInf ? 0 : now;
       Acc to_log2 = scoring.to_log2;
       if (base > kHugeLogit<Acc> || -base > kHugeLogit<Acc>) to_log2 = round_logits(s, kDecodeKeys, to_log2);
-      rescale[r] = exp2_vec<5, Acc>(splat(top[r] - base))[0];
+      rescale[r] = exp2_vec<Acc>(splat(top[r] - base))[0];
       top[r] = now;
       Vec<Acc> total = {};
       for (int64_t j = 0; j < kDecodeKeys; j += kSide) {
-        const Vec<Acc> e = exp2_vec<5, Acc>(load(s + j) * to_log2 - base);
+        const Vec<Acc> e = exp2_vec<Acc>(load(s + j) * to_log2 - base);
         total += e;
         store(s + j, e);
       }

@@ -30,7 +30,7 @@ struct ForwardScratch {
   KeyBlock<kForwardKeys>* keys;
   const T** rows;
   Operand *queries, *k, *v, *p;
-  Acc *s, *factor, *rescale;
+  Acc *s, *factor, *highest, *rescale;
 
   ForwardScratch(Arena& arena, const Attention& problem, int64_t query_rows) {
     constexpr int64_t kTile = int64_t{kForwardKeys} * kPanel<Acc>;
@@ -45,6 +45,7 @@ struct ForwardScratch {
     else
       p = arena.take<Operand>(kTile / Mode::kPack);
     factor = arena.take<Acc>(problem.dropout_p > 0 ? kTile : 0);
+    highest = arena.take<Acc>(kPanel<Acc>);
     rescale = arena.take<Acc>(kPanel<Acc>);
   }
 };
@@ -75,10 +76,11 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
   }
 
   const int64_t last_visible = visible_to_row(p, block, block.rows - 1);
-  for (int64_t begin = range.begin; begin < range.end && begin < last_visible; begin += kForwardKeys) {
+  const int64_t end = range.end < last_visible ? range.end : last_visible;
+  for (int64_t begin = range.begin; begin < end; begin += kForwardKeys) {
     KeyBlock<kForwardKeys>& keys = *tmp.keys;
-    keys.fill(p, block.sequence, begin, begin + kForwardKeys < range.end ? begin + kForwardKeys : range.end);
-    const int64_t count = keys.seen(last_visible);
+    keys.fill(p, block.sequence, begin, begin + kForwardKeys < end ? begin + kForwardKeys : end);
+    const int64_t count = keys.listed;
     if (count == 0) continue;
     keys.rows(block, p.key, count, tmp.rows);
     pack_channel_steps<Mode>(tmp.rows, count, p.dim, tmp.k);
@@ -88,23 +90,31 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
     for (int64_t i = 0; i < panels; ++i) {
       const Panel panel = panel_at<Acc>(block.rows, i);
       const Visibility<Acc> visible(p, block, keys, panel);
+      keys.template prefetch_next<T>(block, p.key, p.dim, end, i, panels);
+      keys.template prefetch_next<T>(block, p.value, p.value_dim, end, i, panels);
       if (visible.any == 0) continue;
       const Partial<Acc> partial(p, slot, panel);
 
-      multiply<Update::kStore>(
-          Product<Mode>{tmp.k, dim_steps, dim_steps, 1, tmp.queries + panel.first * dim_steps, panel.width,
-                        dim_steps, tmp.s, panel.width, nullptr},
-          visible.any, panel.width);
-      if (scoring.transforms) scoring.transform(tmp.s, visible.any * panel.width);
-      if (visible.all < visible.any)
+      Product<Mode> scores{
+          tmp.k,       dim_steps, dim_steps, 1,          tmp.queries + panel.first * dim_steps,
+          panel.width, dim_steps, tmp.s,     panel.width};
+      scores.column_max = tmp.highest;
+      for (int64_t lane = 0; lane < panel.width; ++lane) tmp.highest[lane] = -Acc(__builtin_inf());
+      if (scoring.transforms || visible.all < visible.any) {
+        multiply<Update::kStore>(scores, visible.any, panel.width);
+        if (scoring.transforms) scoring.transform(tmp.s, visible.any * panel.width);
         mask_tile<Acc>(tmp.s, panel.width, visible.all, visible.any, visible.limit);
+        tile_maximum(tmp.s, visible.any, panel.width, tmp.highest);
+      } else {
+        multiply<Update::kStoreMax>(scores, visible.any, panel.width);
+      }
       if (p.dropout_p > 0) dropout_factors(p, block, panel, keys.index, visible.any, tmp.factor);
       with_vectors<Acc>(panel.width, [&](auto vectors) {
         constexpr int kVectors = decltype(vectors)::value;
         const auto step =
             p.dropout_p > 0 ? softmax_step<Mode, kVectors, true> : softmax_step<Mode, kVectors, false>;
-        step(visible.any, tmp.s, scoring.to_log2, tmp.factor, partial.maximum, partial.sum, tmp.rescale,
-             tmp.p);
+        step(visible.any, tmp.s, scoring.to_log2, tmp.factor, tmp.highest, partial.maximum, partial.sum,
+             tmp.rescale, tmp.p);
       });
       multiply<Update::kRescale>(Product<Mode>{tmp.v, steps<Mode>(count), 1, kTileRows, tmp.p, panel.width,
                                                steps<Mode>(visible.any), partial.o, panel.width, tmp.rescale},
@@ -128,7 +138,7 @@ void combine(const Attention& p, const RowBlock& block, int64_t index, Slots slo
     top = top == kMinusInf ? Vec<Acc>{} : top;
     for (int s = 0; s < slots.count; ++s) {
       const Partial<Acc> partial(p, slots.data + s * slots.stride, panel);
-      const Vec<Acc> w = exp2_vec<5, Acc>(load(partial.maximum + lane) - top);
+      const Vec<Acc> w = exp2_vec<Acc>(load(partial.maximum + lane) - top);
       store(weight[s] + lane, w);
       sum += w * load(partial.sum + lane);
     }

@@ -9,19 +9,19 @@
 namespace pk::cpu::PK_ISA {
 
 // How numbers enter the product. Acc: accumulators; Operand: what one broadcast moves; kPack: elements per
-// operand.
+// operand; kTerms: of the exponential whose results become operands.
 template <class T>
 struct Plain {
   using Acc = T;
   using Operand = T;
-  static constexpr int kPack = 1, kExpTerms = 5;
+  static constexpr int kPack = 1, kTerms = kExpTerms<T>;
   static inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
 };
 
 struct BFloat16Pairs {
   using Acc = float;
   using Operand = uint32_t;
-  static constexpr int kPack = 2, kExpTerms = 4;
+  static constexpr int kPack = 2, kTerms = 4;
   static inline Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> c) {
 #if defined(__AVX512BF16__)
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -39,7 +39,8 @@ using BFloat16Mode = BFloat16Pairs;
 using BFloat16Mode = Plain<float>;  // converted in the packing
 #endif
 
-enum class Update { kStore, kAdd, kRescale };  // C = AB, C += AB, C = C * column_scale + AB
+// C = AB; C = AB with column_max = max(column_max, C); C += AB; C = C * column_scale + AB
+enum class Update { kStore, kStoreMax, kAdd, kRescale };
 
 template <class Mode>
 struct Product {
@@ -54,7 +55,8 @@ struct Product {
   int64_t depth;  // in operands
   Acc* c;
   int64_t c_row;
-  const Acc* column_scale;  // Update::kRescale only
+  const Acc* column_scale = nullptr;  // Update::kRescale only
+  Acc* column_max = nullptr;          // Update::kStoreMax only
 };
 
 template <class Mode, Update kUpdate, int kRows, int kVectors>
@@ -83,6 +85,12 @@ inline void multiply_tile(const Product<Mode>& p, int64_t row) {
       store(to, acc[r][v]);
     });
   });
+  if constexpr (kUpdate == Update::kStoreMax)
+    unrolled<kVectors>([&](auto v) {
+      Vec<Acc> highest = load(p.column_max + v * kStep);
+      unrolled<kRows>([&](auto r) { highest = maximum(acc[r][v], highest); });
+      store(p.column_max + v * kStep, highest);
+    });
 }
 
 // `columns`: a multiple of the vector width, at most one panel.

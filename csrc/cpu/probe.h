@@ -8,7 +8,7 @@ namespace pk::cpu::PK_ISA {
 
 template <class T>
 inline Vec<T> exp2_of(Vec<T> x) {
-  return exp2_vec<5, T>(x);
+  return exp2_vec<T>(x);
 }
 template <class T>
 inline Vec<T> tanh_of(Vec<T> x) {
@@ -38,7 +38,7 @@ void matmul_as(const T* a, const T* b, float* c, int64_t rows, int64_t columns, 
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
       multiply<Update::kStore>(Product<Mode>{packed_a + row * depth_steps, depth_steps, depth_steps, 1,
-                                             packed_b, width, depth_steps, tile, width, nullptr},
+                                             packed_b, width, depth_steps, tile, width},
                                tile_rows, width);
       for (int64_t r = 0; r < tile_rows; ++r)
         for (int64_t x = 0; x < count; ++x) c[(row + r) * columns + column + x] = tile[r * width + x];

@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// For what takes arrays of vectors that must stay in registers.
+#define PK_INLINE __attribute__((always_inline)) inline
+
 namespace pk::cpu::PK_ISA {
 
 // kPanel vectors side by side and kTileRows rows fill the register file with accumulators.
@@ -143,13 +146,34 @@ inline Vec<float> load_as(const Float16* p) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline uint32_t first_lanes(int64_t count) { return count > 0 ? (1u << count) - 1 : 0; }
+inline Vec<float> load_lanes(const float* p, uint32_t lanes) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p);
+}
+inline Vec<double> load_lanes(const double* p, uint32_t lanes) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p);
+}
+inline Vec<float> load_lanes(const BFloat16* p, uint32_t lanes) {
+  const __m256i half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p);
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+inline Vec<float> load_lanes(const Float16* p, uint32_t lanes) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p));
+}
+#endif
+
 // The first `count` elements, zeros behind them; never reads past p + count.
 template <class Acc, class T>
 inline Vec<Acc> load_as(const T* p, int64_t count) {
   if (count >= kLanes<Acc>) return load_as(p);
+#if defined(__AVX512F__)
+  return load_lanes(p, first_lanes(count));
+#else
   T padded[kLanes<Acc>] = {};
   for (int64_t lane = 0; lane < count; ++lane) padded[lane] = p[lane];
   return load_as(padded);
+#endif
 }
 
 inline void store_as(float* p, Vec<float> v) { store(p, v); }
@@ -196,7 +220,7 @@ struct Constant {
 // body(Constant<0>{}), body(Constant<1>{}), ... Arrays indexed like this live in registers; GCC unrolls
 // ordinary loops too late for that.
 template <int kCount, int kFirst = 0, class Body>
-__attribute__((always_inline)) inline void unrolled(Body&& body) {
+PK_INLINE void unrolled(Body&& body) {
   if constexpr (kFirst < kCount) {
     body(Constant<kFirst>{});
     unrolled<kCount, kFirst + 1>(body);

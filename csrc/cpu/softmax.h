@@ -62,45 +62,56 @@ inline Acc round_logits(Acc* s, int64_t count, Acc to_log2) {
   return 1;
 }
 
-// One online-softmax step: takes in rows [0, keys) of the tile, updates maximum (base-2 logits) and sum per
-// lane, leaves exp2(logit - maximum) in p as the second product's operand, and in `rescale` what earlier
-// results shrink by.
+// highest = max(highest, rows [0, keys) of the tile)
+template <class Acc>
+inline void tile_maximum(const Acc* s, int64_t keys, int64_t width, Acc* highest) {
+  for (int64_t lane = 0; lane < width; lane += kLanes<Acc>) {
+    Vec<Acc> top = load(highest + lane);
+    for (int64_t j = 0; j < keys; ++j) top = maximum(load(s + j * width + lane), top);
+    store(highest + lane, top);
+  }
+}
+
+// One online-softmax step: takes in rows [0, keys) of the tile, whose maximum over the rows is `highest`,
+// updates maximum (base-2 logits) and sum per lane, leaves exp2(logit - maximum) in p as the second product's
+// operand, and in `rescale` what earlier results shrink by.
 template <class Mode, int kVectors, bool kDropout>
 inline void softmax_step(int64_t keys, typename Mode::Acc* s, typename Mode::Acc to_log2,
-                         const typename Mode::Acc* factor, typename Mode::Acc* maximum_,
-                         typename Mode::Acc* sum_, typename Mode::Acc* rescale, typename Mode::Operand* p) {
+                         const typename Mode::Acc* factor, const typename Mode::Acc* highest,
+                         typename Mode::Acc* maximum_, typename Mode::Acc* sum_, typename Mode::Acc* rescale,
+                         typename Mode::Operand* p) {
   using Acc = typename Mode::Acc;
   constexpr int kStep = kLanes<Acc>, kWidth = kVectors * kStep;
   constexpr Acc kMinusInf = -Acc(__builtin_inf());
   Vec<Acc> top[kVectors], sum[kVectors] = {}, size = {};
-  for (int v = 0; v < kVectors; ++v) top[v] = splat(kMinusInf);
-  for (int64_t j = 0; j < keys; ++j)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) top[v] = maximum(load(s + j * kWidth + v * kStep), top[v]);
   for (int v = 0; v < kVectors; ++v) {
     const Vec<Acc> before = load(maximum_ + v * kStep);
-    const Vec<Acc> now = maximum(before, top[v] * to_log2);
+    const Vec<Acc> now = maximum(before, load(highest + v * kStep) * to_log2);
     top[v] = now == kMinusInf ? Vec<Acc>{} : now;  // nothing seen yet: any finite number avoids -inf - -inf
     store(maximum_ + v * kStep, now);
-    store(rescale + v * kStep, exp2_vec<Mode::kExpTerms, Acc>(before - top[v]));
+    store(rescale + v * kStep, exp2_vec<Acc>(before - top[v]));
     size = maximum(size, maximum(top[v], -top[v]));
   }
   if (max_of_lanes<Acc>(size) > kHugeLogit<Acc>) to_log2 = round_logits(s, keys * kWidth, to_log2);
-  const auto probability = [&](int64_t j, int v) {
-    Vec<Acc> e = exp2_vec<Mode::kExpTerms, Acc>(load(s + j * kWidth + v * kStep) * to_log2 - top[v]);
-    sum[v] += e;
-    if constexpr (kDropout) e *= load(factor + j * kWidth + v * kStep);
-    return e;
+  const auto probabilities = [&](int64_t j, Vec<Acc>* e) {
+    unrolled<kVectors>([&](auto v) { e[v] = load(s + j * kWidth + v * kStep) * to_log2 - top[v]; });
+    exp2_each<Mode::kTerms, kVectors, Acc>(e);
+    unrolled<kVectors>([&](auto v) {
+      sum[v] += e[v];
+      if constexpr (kDropout) e[v] *= load(factor + j * kWidth + v * kStep);
+    });
   };
-  for (int64_t j = 0; j < keys; j += Mode::kPack, p += kWidth)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<Acc> e = probability(j, v);
-      if constexpr (Mode::kPack == 2)
-        store(p + v * kStep, bfloat16_pairs(e, j + 1 < keys ? probability(j + 1, v) : Vec<Acc>{}));
-      else
-        store(p + v * kStep, e);
+  for (int64_t j = 0; j < keys; j += Mode::kPack, p += kWidth) {
+    Vec<Acc> e[kVectors];
+    probabilities(j, e);
+    if constexpr (Mode::kPack == 2) {
+      Vec<Acc> next[kVectors] = {};
+      if (j + 1 < keys) probabilities(j + 1, next);
+      unrolled<kVectors>([&](auto v) { store(p + v * kStep, bfloat16_pairs(e[v], next[v])); });
+    } else {
+      unrolled<kVectors>([&](auto v) { store(p + v * kStep, e[v]); });
     }
+  }
   for (int v = 0; v < kVectors; ++v)
     store(sum_ + v * kStep, load(sum_ + v * kStep) * load(rescale + v * kStep) + sum[v]);
 }
@@ -124,35 +135,45 @@ inline void gradient_step(const GradientTile<Mode>& tile, int64_t keys) {
   using Acc = typename Mode::Acc;
   constexpr int kStep = kLanes<Acc>, kWidth = kVectors * kStep;
   constexpr Acc kLog2E = Acc(1.442695040888963407);
-  const auto entry = [&](int64_t j, int v, Vec<Acc>* p, Vec<Acc>* ds) {
+  // `count` rows from j on, one vector of each.
+  const auto entries = [&](int64_t j, int v, auto count, Vec<Acc>* p, Vec<Acc>* ds) {
+    constexpr int kCount = decltype(count)::value;
     const int64_t at = j * kWidth + v * kStep;
-    const Vec<Acc> logits = load(tile.s + at);
-    Vec<Acc> dp = load(tile.dp + at);
-    // lse comes rounded: subtracted before the change of base, it adds no second rounding.
-    const Vec<Acc> x = not_above_zero(logits * tile.to_logits - load(tile.lse + v * kStep));
-    *p = exp2_vec<Mode::kExpTerms, Acc>(x * kLog2E);
-    if constexpr (kDropout) dp *= load(tile.factor + at);
-    *ds = *p * (dp - load(tile.delta + v * kStep));
-    if constexpr (kSoftcap) *ds *= *p == 0 ? Vec<Acc>{} : softcap_grad(logits, tile.inverse_softcap);
-    if constexpr (kDropout) *p *= load(tile.factor + at);
+    unrolled<kCount>([&](auto i) {
+      // lse comes rounded: subtracted before the change of base, it adds no second rounding.
+      const Vec<Acc> logits = load(tile.s + at + i * kWidth) * tile.to_logits;
+      p[i] = not_above_zero(logits - load(tile.lse + v * kStep)) * kLog2E;
+    });
+    exp2_each<Mode::kTerms, kCount, Acc>(p);
+    unrolled<kCount>([&](auto i) {
+      Vec<Acc> dp = load(tile.dp + at + i * kWidth);
+      if constexpr (kDropout) dp *= load(tile.factor + at + i * kWidth);
+      ds[i] = p[i] * (dp - load(tile.delta + v * kStep));
+      if constexpr (kSoftcap) {
+        const Vec<Acc> logits = load(tile.s + at + i * kWidth);
+        ds[i] *= p[i] == 0 ? Vec<Acc>{} : softcap_grad(logits, tile.inverse_softcap);
+      }
+      if constexpr (kDropout) p[i] *= load(tile.factor + at + i * kWidth);
+    });
   };
   for (int64_t j = 0; j < keys; j += Mode::kPack)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      Vec<Acc> p, ds;
-      entry(j, v, &p, &ds);
+      Vec<Acc> p[Mode::kPack] = {}, ds[Mode::kPack] = {};
+      if (j + Mode::kPack <= keys)
+        entries(j, v, Constant<Mode::kPack>{}, p, ds);
+      else
+        entries(j, v, Constant<1>{}, p, ds);
       if constexpr (Mode::kPack == 2) {
-        Vec<Acc> next_p = {}, next_ds = {};
-        if (j + 1 < keys) entry(j + 1, v, &next_p, &next_ds);
-        const int64_t at = j * tile.stride + v * kStep / 2;
-        store_as(reinterpret_cast<BFloat16*>(tile.p + at), p);
-        store_as(reinterpret_cast<BFloat16*>(tile.ds + at), ds);
-        store_as(reinterpret_cast<BFloat16*>(tile.p + at + tile.stride), next_p);
-        store_as(reinterpret_cast<BFloat16*>(tile.ds + at + tile.stride), next_ds);
-        store(tile.ds_keys + j / 2 * tile.keys_stride + v * kStep, bfloat16_pairs(ds, next_ds));
+        unrolled<2>([&](auto i) {
+          const int64_t at = (j + i) * tile.stride + v * kStep / 2;
+          store_as(reinterpret_cast<BFloat16*>(tile.p + at), p[i]);
+          store_as(reinterpret_cast<BFloat16*>(tile.ds + at), ds[i]);
+        });
+        store(tile.ds_keys + j / 2 * tile.keys_stride + v * kStep, bfloat16_pairs(ds[0], ds[1]));
       } else {
-        store(tile.p + j * tile.stride + v * kStep, p);
-        store(tile.ds + j * tile.stride + v * kStep, ds);
+        store(tile.p + j * tile.stride + v * kStep, p[0]);
+        store(tile.ds + j * tile.stride + v * kStep, ds[0]);
       }
     }
 }

@@ -104,6 +104,20 @@ struct KeyBlock {
     else
       for (int64_t i = 0; i < count; ++i) to[i] = base + (index[i] - first) * view.row_stride;
   }
+
+  // Asks for one of `parts` parts of the rows behind this block, up to key `end`: memory works while the
+  // products do.
+  template <class T>
+  PK_INLINE void prefetch_next(const RowBlock& block, const View& view, int64_t channels, int64_t end,
+                               int64_t part, int64_t parts) const {
+    const char* base = reinterpret_cast<const char*>(row_pointer<const T>(
+        view, block.sequence.index, block.kv_head, block.sequence.first_key_row + first + size));
+    const int64_t next = end - first - size < kMaxKeys ? end - first - size : kMaxKeys;
+    constexpr int64_t kBytes = static_cast<int64_t>(sizeof(T));
+    for (int64_t i = part * next / parts; i < (part + 1) * next / parts; ++i)
+      for (int64_t at = 0; at < channels * kBytes; at += 64)
+        __builtin_prefetch(base + i * view.row_stride * kBytes + at, 0, 2);
+  }
 };
 
 // Entries of tile rows [from, to) that a lane may not see become -inf; lane l sees rows below limit[l].

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import perceiver_kernels as pk
-from perceiver_kernels._library import native
 from perceiver_kernels.cli import charts, measure
-from perceiver_kernels.cli.fresh import in_fresh_process
-from perceiver_kernels.cli.machine import build, caption
+from perceiver_kernels.cli.machine import caption
 from perceiver_kernels.cli.measure import DTYPES, PASSES, Candidate
 from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, seconds
 from perceiver_kernels.testing.cases import BENCH_CASES, Case
@@ -38,7 +36,6 @@ SHAPE_FLAGS = {
     "dim": "D",
     "value_dim": "Dv",
 }
-PROBE_BYTES = 256 << 20  # beyond any cache
 PRESETS = {case.name: case for case in BENCH_CASES}
 
 
@@ -135,7 +132,9 @@ class Problem:
         self.head = {"case": case.name, "shape": shape_text(case), "dtype": dtype, "pass": direction}
         self.candidates: list[Candidate] = []
         self.notes: dict[str, dict[str, Any]] = {}
-        self.reads: list[float] = []  # read bandwidth of memory alone, GB/s, once in each round
+        # What the machine can do, once in each round: its clock and its shared memory bus drift.
+        self.peaks: list[float] = []  # GFLOP/s of multiply-adds alone
+        self.reads: list[float] = []  # GB/s of reads alone
 
     def admit(self, name: str, reference: measure.Reference) -> None:
         """Prepare and check one candidate; a backend over budget, or one that can't run, is left out."""
@@ -156,12 +155,19 @@ class Problem:
             return
         self.candidates.append(candidate)
 
-    def rows(self, peaks: dict[str, float | None], memory: dict[str, int | None]) -> list[dict[str, Any]]:
+    def probe(self) -> None:
+        """Sample the limits that rows are compared with."""
+        self.peaks += measure.fma_peak(self.dtype)
+        if not self.backward:
+            self.reads += measure.read_bandwidth()
+
+    def rows(self, memory: dict[str, int | None]) -> list[dict[str, Any]]:
         """One row for each candidate, with what has been sampled so far."""
         sampled = {c.name: c for c in self.candidates if c.samples}
         timings = {name: measure.summary(c.samples) for name, c in sampled.items()}
         work = measure.operations(self.inputs, self.backward)
         kv_bytes = sum(x.numel() * x.element_size() for x in (self.inputs.key, self.inputs.value))
+        peak = statistics.median(self.peaks) if self.peaks else None
         read = statistics.median(self.reads) if self.reads else None
         rows = []
         for name, note in self.notes.items():
@@ -176,26 +182,16 @@ class Problem:
                     "rounds": len(sampled[name].samples),
                     "calls_per_sample": sampled[name].loops,
                     "gflops": rate,
-                    "peak_gflops": peaks[self.dtype],
-                    "peak_fraction": None if peaks[self.dtype] is None else rate / (peaks[self.dtype] or 1.0),
+                    "peak_gflops": peak,
+                    "peak_fraction": None if peak is None else rate / peak,
                     "speedup": None if base is None else base["median_s"] / timing["median_s"],
                     "kv_gb_per_s": None if self.backward else bandwidth,
                     "read_gb_per_s": read,
-                    "bandwidth_fraction": None if self.backward or read is None else bandwidth / read,
+                    "bandwidth_fraction": None if read is None else bandwidth / read,
                     "peak_extra_bytes": memory.get(name),
                 }
             rows.append(row)
         return rows
-
-
-def fma_peak(dtype: str) -> float | None:
-    """GFLOP/s of a loop of multiply-adds alone, with torch's number of threads; None without the library."""
-    return float(native.fma_peak(dtype, torch.get_num_threads())) if build() and native is not None else None
-
-
-def read_bandwidth() -> float | None:
-    """GB/s of a loop that reads memory alone, with torch's number of threads; None without the library."""
-    return float(native.read_bandwidth(torch.get_num_threads(), PROBE_BYTES)) if build() and native else None
 
 
 def measure_problem(
@@ -216,12 +212,10 @@ def measure_problem(
                 bar.update(task, description=f"{label}: warm-up and check of {name}")
                 problem.admit(name, reference)
                 bar.advance(task)
-            if problem.dtype not in result["peak_gflops"]:
-                result["peak_gflops"][problem.dtype] = fma_peak(problem.dtype)
             bar.reset(task, total=repeat * len(problem.candidates), description=f"{label}: timing")
             for i, _ in enumerate(measure.rounds(problem.candidates, repeat, limit)):
-                if i % len(problem.candidates) == 0:  # a shared memory bus drifts: once in each round
-                    problem.reads += [] if (read := read_bandwidth()) is None else [read]
+                if (i + 1) % len(problem.candidates) == 0:
+                    problem.probe()
                 bar.advance(task)
             if weighed:
                 bar.reset(task, total=len(problem.candidates), description=f"{label}: memory")
@@ -229,22 +223,13 @@ def measure_problem(
                     memory[candidate.name] = weigh(problem, candidate)
                     bar.advance(task)
     finally:
-        result["rows"] = earlier + problem.rows(result["peak_gflops"], memory)
+        result["rows"] = earlier + problem.rows(memory)
 
 
 def weigh(problem: Problem, candidate: Candidate) -> int | None:
-    """Peak extra memory of one call in a fresh process."""
-    argument = {
-        "case": asdict(problem.case),
-        "dtype": problem.dtype,
-        "backward": problem.backward,
-        "name": candidate.name,
-        "way": candidate.way,
-        "threads": torch.get_num_threads(),
-    }
+    """The candidate's peak extra memory; why not, in its note."""
     try:
-        peak: int | None = in_fresh_process(measure.peak_memory, argument)
-        return peak
+        return measure.weigh(problem.case, problem.dtype, problem.backward, candidate.name, candidate.way)
     except RuntimeError as error:
         problem.notes[candidate.name]["memory_error"] = str(error)
         return None
@@ -325,7 +310,7 @@ def measure_all(
     **options: Any,
 ) -> None:
     """Measure each (case, dtype, pass) into `result`, print and draw them: those so far, if interrupted."""
-    result["rows"], result["peak_gflops"] = [], {}
+    result["rows"] = []
     try:
         for case, dtype, direction in problems:
             measure_problem(Problem(case, dtype, direction), names, result, **options)

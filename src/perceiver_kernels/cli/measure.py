@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 import perceiver_kernels as pk
+from perceiver_kernels._library import native
+from perceiver_kernels.cli.fresh import in_fresh_process
+from perceiver_kernels.cli.machine import build
 from perceiver_kernels.cli.memory import peak_growth
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import Case
@@ -29,6 +32,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 PASSES = ("fwd", "fwdbwd")
+PROBE_BYTES = 256 << 20  # beyond any cache
 
 Reference = dict[str, tuple[Tensor, float]]
 
@@ -164,11 +168,36 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median_s": median, "q1_s": low, "q3_s": high, "min_s": min(samples)}
 
 
-def peak_memory(argument: dict[str, Any]) -> int | None:
-    """Run in a fresh process: peak extra memory of one call, in bytes, a peer's mask included.
+def fma_peak(dtype: str) -> list[float]:
+    """GFLOP/s of a loop of multiply-adds alone, with torch's number of threads; none without the library."""
+    if native is None or not build():
+        return []
+    return [float(native.fma_peak(dtype, torch.get_num_threads()))]
 
-    `argument`: case (a dict of Case's fields), dtype, backward, name, way, threads.
-    """
+
+def read_bandwidth() -> list[float]:
+    """GB/s of a loop that reads memory alone, with torch's number of threads; none without the library."""
+    if native is None or not build():
+        return []
+    return [float(native.read_bandwidth(torch.get_num_threads(), PROBE_BYTES))]
+
+
+def weigh(case: Case, dtype: str, backward: bool, name: str, way: str = "") -> int | None:
+    """Peak extra memory of one call in a fresh process, in bytes; None where it can't be told."""
+    argument = {
+        "case": asdict(case),
+        "dtype": dtype,
+        "backward": backward,
+        "name": name,
+        "way": way,
+        "threads": torch.get_num_threads(),
+    }
+    peak: int | None = in_fresh_process(peak_memory, argument)
+    return peak
+
+
+def peak_memory(argument: dict[str, Any]) -> int | None:
+    """What :func:`weigh` runs in the fresh process; a peer's mask is included."""
     torch.set_num_threads(argument["threads"])
     dtype, backward, name, way = (argument[key] for key in ("dtype", "backward", "name", "way"))
     case = Case(**argument["case"])

@@ -7,10 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 
@@ -124,20 +120,6 @@ pk::Attention problem_of(const Tensor& query, const Tensor& key, const Tensor& v
   return p;
 }
 
-// Large results come as fresh memory, and faulting it in by small pages costs up to a tenth of the attention.
-void prefer_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  int64_t elements = 1;
-  for (int64_t i = 0; i < t.dim(); ++i) elements += (t.size(i) - 1) * t.stride(i);
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (data + static_cast<uintptr_t>(elements) * t.element_size()) / kPage * kPage;
-  if (t.numel() > 0 && begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may be refused
-#endif
-}
-
 pk::ThreadPool torch_threads() {
   const auto run = [](int threads, void* context, void (*body)(void*, int)) {
     torch::stable::parallel_for(0, threads, 1, [=](int64_t begin, int64_t end) {
@@ -152,7 +134,6 @@ void cpu_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                  const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                  const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
                  double softcap, double dropout_p, Tensor out, Tensor lse) {
-  prefer_huge_pages(out);
   pk::cpu::attention_forward(
       problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_seed, q_offset,
                  is_causal, scale, softcap, dropout_p, out, lse),
@@ -174,7 +155,6 @@ void cpu_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const T
   gradient.dquery = view_of(dquery, query, packed, p.heads, p.queries, p.dim);
   gradient.dkey = view_of(dkey, query, packed, p.kv_heads, p.keys, p.dim);
   gradient.dvalue = view_of(dvalue, query, packed, p.kv_heads, p.keys, p.value_dim);
-  for (const Tensor& result : {dquery, dkey, dvalue}) prefer_huge_pages(result);
   pk::cpu::attention_backward(p, gradient, torch_threads());
 }
 

@@ -97,9 +97,11 @@ inline void decode_scores(const Acc* q, const T* const* k, int64_t count, int64_
         });
       };
       for (int64_t c = 0; c < whole; c += kSide) {
-        if (c < kKeys * kSide) prefetch(first + side + c / kSide);
+        for (int64_t x = c; x < kKeys * kSide; x += q_stride) prefetch(first + side + x / kSide);
         accumulate(c, [](const T* at) { return load_as(at); });
       }
+      for (int64_t x = whole; x < kKeys * kSide && whole < dim; x += q_stride)
+        prefetch(first + side + x / kSide);
       if (whole < dim) accumulate(whole, [&](const T* at) { return load_as<Acc>(at, dim - whole); });
       unrolled<kRows>([&](auto r) { unrolled<kKeys>([&](auto x) { products[r][side + x] = sum[r][x]; }); });
     }

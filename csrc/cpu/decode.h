@@ -89,6 +89,7 @@ inline void decode_scores(const Acc* q, const T* const* k, int64_t count, int64_
       });
       Vec<Acc> sum[kRows][kKeys] = {};
       const auto accumulate = [&](int64_t c, auto&& load_channels) {
+        for (int64_t x = c; x < kKeys * kSide; x += q_stride) prefetch(first + side + x / kSide);
         Vec<Acc> channels[kKeys];
         unrolled<kKeys>([&](auto x) { channels[x] = load_channels(rows[x] + c); });
         unrolled<kRows>([&](auto r) {
@@ -96,12 +97,7 @@ inline void decode_scores(const Acc* q, const T* const* k, int64_t count, int64_
           unrolled<kKeys>([&](auto x) { sum[r][x] += qr * channels[x]; });
         });
       };
-      for (int64_t c = 0; c < whole; c += kSide) {
-        for (int64_t x = c; x < kKeys * kSide; x += q_stride) prefetch(first + side + x / kSide);
-        accumulate(c, [](const T* at) { return load_as(at); });
-      }
-      for (int64_t x = whole; x < kKeys * kSide && whole < dim; x += q_stride)
-        prefetch(first + side + x / kSide);
+      for (int64_t c = 0; c < whole; c += kSide) accumulate(c, [](const T* at) { return load_as(at); });
       if (whole < dim) accumulate(whole, [&](const T* at) { return load_as<Acc>(at, dim - whole); });
       unrolled<kRows>([&](auto r) { unrolled<kKeys>([&](auto x) { products[r][side + x] = sum[r][x]; }); });
     }

@@ -7,10 +7,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends import cpu, reference, sdpa
+from perceiver_kernels.backends import cpu, reference, sdpa, triton
 from perceiver_kernels.spec import AttentionSpec, describe
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "sdpa": sdpa, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "sdpa": sdpa, "reference": reference}
 """Every backend by name; ``backend=None`` takes the first that can serve, in this order."""
 
 

@@ -1,0 +1,56 @@
+"""Which tile a kernel takes, and into how many parts the keys are split: pure functions of shape and device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+SHORT_ROWS = 16  # up to so many packed rows a program has nothing but these, and many keys
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that a head dim is padded to on chip."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def forward_config(rows: int, head_dim: int, itemsize: int, arch: str) -> Config:
+    dim = padded(head_dim)
+    if rows <= SHORT_ROWS:
+        return Config(16, 64 if itemsize == 2 else 32, 4, 2)
+    if itemsize == 4:
+        return Config(32, 32, 4 if dim <= 64 else 8, 1)
+    return {256: Config(64, 32, 8, 2), 128: Config(128, 64, 8, 2)}.get(dim, Config(128, 64, 4, 2))
+
+
+def backward_config(rows: int, head_dim: int, itemsize: int, arch: str) -> Config:
+    dim = padded(head_dim)
+    block_m = 16 if rows <= SHORT_ROWS else 32
+    if itemsize == 4:
+        return Config(block_m, 32, 8, 1)
+    return Config(block_m, {256: 32, 128: 64}.get(dim, 128), 8, 2)
+
+
+@functools.lru_cache(maxsize=1024)
+def parts(programs: int, key_blocks: int, slots: int) -> int:
+    """Into how many runs of key blocks the work of each program is cut, to fill ``slots`` programs at a time.
+
+    Takes the number that minimises the time of the waves, in key blocks, each program paying two blocks for its
+    start and end and each part one for its merge; of equals the fewest.
+    """
+
+    def cost(count: int) -> int:
+        waves = -(-programs * count // slots)
+        return waves * (-(-key_blocks // count) + 2) + (count if count > 1 else 0)
+
+    return min(range(1, max(1, min(key_blocks, 4 * slots)) + 1), key=cost)

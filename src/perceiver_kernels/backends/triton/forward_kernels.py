@@ -1,0 +1,178 @@
+"""The forward kernel, split over keys, and the kernel that merges the splits.
+
+One program owns ``BLOCK_M`` packed rows of one key head (its query heads' rows are interleaved, so that they share
+each load of K and V) and one run of key blocks. Algorithm: Dao et al. 2022 (arXiv 2205.14135), with the softmax in
+base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from perceiver_kernels.backends.triton.primitives import (
+    LN2,
+    VARYING,
+    kept,
+    load_rows,
+    offset_of,
+    score,
+    sequence,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_forward(
+    p_q, p_k, p_v, p_out, p_lse, p_offsets, p_key_mask, p_cu_q, p_cu_k, p_seed,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_os, stride_ob, stride_oh, stride_om, stride_ls, stride_lb, stride_lh,
+    row_blocks, kv_heads, queries, keys, q_offset, split_blocks, scale, exponent, softcap, threshold, keep_factor,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr,
+    IS_NEGATIVE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_m, i_bh, i_s = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks, tl.program_id(1)
+    i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
+    first_q, queries = sequence(p_cu_q, i_b, queries, IS_PACKED)
+    first_k, keys = sequence(p_cu_k, i_b, keys, IS_PACKED)
+    q_offset = offset_of(p_offsets, i_b, q_offset, queries, keys, IS_CAUSAL, HAS_OFFSETS)
+    if i_m * BLOCK_M >= queries * GROUP:
+        return
+
+    # Keys that some query of the example sees, that some row of this block sees, that all of them see.
+    first_i, last_i = i_m * BLOCK_M // GROUP, tl.minimum((i_m + 1) * BLOCK_M - 1, queries * GROUP - 1) // GROUP
+    seen_by_any, seen, seen_by_all = keys, keys, keys
+    if IS_CAUSAL:
+        seen_by_any = tl.minimum(keys, q_offset + queries)
+        seen = tl.minimum(keys, q_offset + last_i + 1)
+        seen_by_all = tl.minimum(keys, q_offset + first_i + 1)
+    start = i_s * split_blocks * BLOCK_N
+    stop = tl.minimum(start + split_blocks * BLOCK_N, seen)
+    full = tl.minimum(tl.maximum(seen_by_all, 0) // BLOCK_N * BLOCK_N, stop)
+
+    # [BLOCK_M]
+    o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_i, o_g = o_r // GROUP, i_h * GROUP + o_r % GROUP
+    m_r = o_i < queries
+    # [BLOCK_D], [BLOCK_DV]
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    p_q += i_b * stride_qb + first_q * stride_qm
+    # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(p_q + o_g * stride_qh + o_i.to(tl.int64) * stride_qm, m_r, o_d, D, True)
+    if IS_NEGATIVE:  # the maximum is taken before the scale, whose sign goes into q
+        b_q = -b_q
+    p_k += i_b * stride_kb + i_h * stride_kh + first_k * stride_kn
+    p_v += i_b * stride_vb + i_h * stride_vh + first_k * stride_vn
+    if HAS_KEY_MASK:
+        p_key_mask += first_k + (0 if IS_PACKED else i_b * keys)
+
+    # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_DV]
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    # Two loops over one body: only the blocks at the diagonal and at the end carry mask code.
+    for start_n in range(start, full, BLOCK_N):
+        b_max, b_sum, b_out = attend_block(
+            b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
+            o_d, o_dv, q_offset, seen_by_any, scale, exponent, softcap, threshold, D, DV, BLOCK_N, False,
+            IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+    for start_n in range(tl.maximum(start, full), stop, BLOCK_N):
+        b_max, b_sum, b_out = attend_block(
+            b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
+            o_d, o_dv, q_offset, seen_by_any, scale, exponent, softcap, threshold, D, DV, BLOCK_N, True,
+            IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    m_dead = b_sum == 0.0
+    b_sum = tl.where(m_dead, 1.0, b_sum)
+    b_out = b_out * (keep_factor / b_sum)[:, None]
+    b_lse = tl.where(m_dead, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
+    p_out += i_s.to(tl.int64) * stride_os + i_b * stride_ob + first_q * stride_om
+    p_out = p_out + (o_g * stride_oh + o_i.to(tl.int64) * stride_om)[:, None] + o_dv[None, :]
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_r[:, None] & (o_dv < DV)[None, :])
+    p_lse += i_s.to(tl.int64) * stride_ls + i_b * stride_lb + first_q
+    tl.store(p_lse + o_g * stride_lh + o_i, b_lse, mask=m_r)
+
+
+@triton.jit
+def attend_block(
+    b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i, o_d, o_dv,
+    q_offset, seen_by_any, scale, exponent, softcap, threshold,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax. Keys that nobody sees count as zero: they may hold anything."""
+    # [BLOCK_N]
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    m_n = o_n < seen_by_any
+    if HAS_KEY_MASK:
+        m_n = m_n & (tl.load(p_key_mask + o_n, mask=m_n, other=0) != 0)
+    # [BLOCK_N, BLOCK_D]
+    b_k = load_rows(p_k + o_n.to(tl.int64) * stride_kn, m_n, o_d, D, IS_EDGE or HAS_KEY_MASK)
+    # [BLOCK_M, BLOCK_N]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s = score(b_s, scale, softcap, b_q.dtype == tl.float32, HAS_SOFTCAP)
+    if IS_EDGE or HAS_KEY_MASK:
+        m_s = m_n[None, :]
+        if IS_EDGE and IS_CAUSAL:
+            m_s = m_s & visible(o_i[:, None], o_n[None, :], q_offset)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+
+    # [BLOCK_M]
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * exponent)
+    b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+    # [BLOCK_M, BLOCK_N]
+    b_p = tl.exp2(b_s * exponent - b_shift[:, None])
+    b_decay = tl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    if HAS_DROPOUT:
+        b_p = tl.where(kept(p_seed, i_b, o_g[:, None], o_i[:, None], o_n[None, :], threshold), b_p, 0.0)
+    # [BLOCK_N, BLOCK_DV]
+    b_v = load_rows(p_v + o_n.to(tl.int64) * stride_vn, m_n, o_dv, DV, IS_EDGE or HAS_KEY_MASK)
+    # [BLOCK_M, BLOCK_DV]
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+    return b_new_max, b_sum, b_out
+
+
+@triton.jit(do_not_specialize=VARYING)
+def combine_splits(
+    p_parts, p_part_lses, p_out, p_lse, stride_ob, stride_oh, stride_om, row_blocks, heads, queries, splits,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Merge partial results over disjoint keys, in the order of the splits.
+
+    parts (splits, B, H, M, DV) and part_lses (splits, B, H, M) float32, contiguous. Rows without a key in a split
+    come with lse -inf and weigh nothing.
+    """
+    i_m, i_bh = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
+    # [BLOCK_M], [BLOCK_DV]
+    o_i, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    m_i = o_i < queries
+    m_out = m_i[:, None] & (o_dv < DV)[None, :]
+    split_rows = (tl.num_programs(0) // row_blocks).to(tl.int64) * queries
+    p_part_lses += i_bh * queries + o_i
+    p_parts = p_parts + (i_bh * queries + o_i)[:, None] * DV + o_dv[None, :]
+
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for i_s in range(splits):
+        b_max = tl.maximum(b_max, tl.load(p_part_lses + i_s * split_rows, mask=m_i, other=float("-inf")))
+    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    # [BLOCK_M, BLOCK_DV]
+    b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for i_s in range(splits):
+        b_weight = tl.exp(tl.load(p_part_lses + i_s * split_rows, mask=m_i, other=float("-inf")) - b_shift)
+        b_sum += b_weight
+        b_out += b_weight[:, None] * tl.load(p_parts + i_s * split_rows * DV, mask=m_out, other=0.0)
+    m_dead = b_sum == 0.0
+    b_sum = tl.where(m_dead, 1.0, b_sum)
+    b_out = b_out / b_sum[:, None]
+    b_lse = tl.where(m_dead, float("-inf"), b_max + tl.log(b_sum))
+    p_out += (i_bh // heads) * stride_ob + (i_bh % heads) * stride_oh
+    tl.store(
+        p_out + o_i.to(tl.int64)[:, None] * stride_om + o_dv[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out
+    )
+    tl.store(p_lse + i_bh * queries + o_i, b_lse, mask=m_i)

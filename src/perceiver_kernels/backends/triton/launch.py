@@ -1,0 +1,258 @@
+"""From a call to kernel launches, as data: whoever runs, compiles or executes them elsewhere takes the same list."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
+from perceiver_kernels.backends.triton.configs import Config, padded, parts
+from perceiver_kernels.spec import MAX_FACTOR, AttentionSpec
+
+SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
+SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what to run, on which grid, with which arguments."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        if math.prod(self.grid):
+            self.kernel[self.grid](
+                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The sizes of a call; packed, B is the number of sequences, M and N the lengths of the longest."""
+
+    B: int
+    H: int
+    Hkv: int
+    M: int
+    N: int
+    D: int
+    DV: int
+    dtype: torch.dtype
+    spec: AttentionSpec
+
+    @property
+    def group(self) -> int:
+        return self.H // self.Hkv
+
+    @property
+    def rows(self) -> int:
+        """Rows that share each load of a key: the packed rows of one key head."""
+        return self.M * self.group
+
+
+def make_problem(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Problem:
+    if spec.cu_seqlens_q is None or spec.cu_seqlens_k is None:
+        batch, heads, queries, _ = query.shape
+        kv_heads, keys = key.shape[1:3]
+    else:
+        batch, heads, kv_heads = len(spec.cu_seqlens_q) - 1, query.shape[1], key.shape[1]
+        queries, keys = (
+            int(lengths.diff().max()) if batch else 0 for lengths in (spec.cu_seqlens_q, spec.cu_seqlens_k)
+        )
+    dims = (query.shape[-1], value.shape[-1])
+    return Problem(batch, heads, kv_heads, queries, keys, *dims, query.dtype, spec)
+
+
+def row_strides(name: str, tensor: Tensor) -> dict[str, int]:
+    """Strides of example, head and row; packed rows belong to no example's slice."""
+    b, h, m = (0, tensor.stride(1), tensor.stride(0)) if tensor.dim() == 3 else tensor.stride()[:3]
+    return {f"stride_{name[:-1]}b": b, f"stride_{name[:-1]}h": h, f"stride_{name}": m}
+
+
+def lse_strides(lse: Tensor) -> dict[str, int]:
+    return {"stride_lb": 0 if lse.dim() == 2 else lse.stride(0), "stride_lh": lse.stride(-2)}
+
+
+def _score_arguments(problem: Problem) -> dict[str, Any]:
+    spec = problem.spec
+    threshold = min(int(spec.dropout_p * 2**32), 2**32 - 1)
+    return {
+        "p_offsets": spec.q_offsets,
+        "p_key_mask": None if spec.key_mask is None else spec.key_mask.view(torch.uint8),
+        "p_cu_q": spec.cu_seqlens_q,
+        "p_cu_k": spec.cu_seqlens_k,
+        "p_seed": spec.dropout_seed,
+        "kv_heads": problem.Hkv,
+        "queries": problem.M,
+        "keys": problem.N,
+        "q_offset": max(-problem.M, min(spec.q_offset, problem.N)),
+        "softcap": float(spec.softcap),
+        "threshold": threshold - (threshold >> 31 << 32),  # as int32, whatever its size
+        "keep_factor": 1.0 / (1.0 - spec.dropout_p),
+    }
+
+
+def _score_constants(problem: Problem, config: Config) -> dict[str, Any]:
+    spec = problem.spec
+    return {
+        "GROUP": problem.group,
+        "D": problem.D,
+        "DV": problem.DV,
+        "BLOCK_D": padded(problem.D),
+        "BLOCK_DV": padded(problem.DV),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "IS_CAUSAL": spec.is_causal,
+        "IS_PACKED": spec.is_packed,
+        "HAS_OFFSETS": spec.q_offsets is not None,
+        "HAS_KEY_MASK": spec.key_mask is not None,
+        "HAS_SOFTCAP": spec.softcap > 0.0,
+        "HAS_DROPOUT": spec.dropout_seed is not None,
+        "PRECISION": _precision(problem.dtype),
+    }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are float32's own unless the user has asked torch for faster ones."""
+    asked = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if asked else "ieee"
+
+
+def _natural_score(problem: Problem) -> bool:
+    """Whether the kernels form the scaled score itself (see ``primitives.score``)."""
+    return problem.spec.softcap > 0.0 or problem.dtype == torch.float32
+
+
+def forward_launches(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec,
+    config: Config, slots: int,
+) -> Iterator[Launch]:  # fmt: skip
+    """The kernels that fill ``out`` and ``lse``; partial results live until the iterator is exhausted."""
+    problem = make_problem(query, key, value, spec)
+    row_blocks, key_blocks = -(-problem.rows // config.block_m), -(-problem.N // config.block_n)
+    programs = row_blocks * problem.B * problem.Hkv
+    splits = min(_fixed_parts() or parts(programs, key_blocks, slots), max(key_blocks, 1))
+    split_blocks = -(-key_blocks // splits) if splits else 0
+    if splits == 1:
+        part, part_lse = out, lse
+    else:
+        part = out.new_empty((splits, *lse.shape, problem.DV), dtype=torch.float32)
+        part_lse = lse.new_empty((splits, *lse.shape))
+    natural = _natural_score(problem)
+    scale = spec.scale if natural else abs(spec.scale)
+    arguments = {
+        "p_q": query, "p_k": key, "p_v": value, "p_out": part, "p_lse": part_lse,
+        **row_strides("qm", query), **row_strides("kn", key), **row_strides("vn", value),
+        **(row_strides("om", out) if splits == 1 else _part_strides(part)),
+        "stride_os": 0 if splits == 1 else part.stride(0),
+        "stride_ls": 0 if splits == 1 else part_lse.stride(0),
+        **lse_strides(lse),
+        "row_blocks": row_blocks, "split_blocks": split_blocks, "scale": scale,
+        # a scale of 0 becomes the smallest normal number: -inf * 0 is NaN
+        "exponent": max(1.0 if natural else scale, 2.0**-126) * math.log2(math.e),
+        **_score_arguments(problem),
+    }  # fmt: skip
+    constants = _score_constants(problem, config) | {"IS_NEGATIVE": not natural and spec.scale < 0}
+    yield Launch(
+        forward_kernels.attention_forward, (programs, splits), arguments, constants, config.num_warps, config.num_stages
+    )
+    if splits > 1:
+        heads, queries = (problem.H, lse.shape[-1])
+        block = max(1, min(16, 4096 // padded(problem.DV)))
+        blocks = -(-queries // block)
+        arguments = {"p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse, **row_strides("om", out),
+                     "row_blocks": blocks, "heads": heads, "queries": queries, "splits": splits}  # fmt: skip
+        constants = {"DV": problem.DV, "BLOCK_DV": padded(problem.DV), "BLOCK_M": block}
+        yield Launch(forward_kernels.combine_splits, (blocks * math.prod(lse.shape[:-1]), 1), arguments, constants)
+
+
+def _part_strides(part: Tensor) -> dict[str, int]:
+    b = 0 if part.dim() == 4 else part.stride(1)
+    return {"stride_ob": b, "stride_oh": part.stride(-3), "stride_om": part.stride(-2)}
+
+
+def _fixed_parts() -> int:
+    """The user's own number of parts, the same for every call; 0 lets :func:`configs.parts` choose."""
+    text = os.environ.get(SPLITS, "0")
+    if not text.isdigit():
+        raise ValueError(f"{SPLITS} must be a number of splits, or 0 for the default rule, got {text!r}")
+    return int(text)
+
+
+def backward_launches(
+    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor], spec: AttentionSpec, config: Config, slots: int,
+) -> Iterator[Launch]:  # fmt: skip
+    """The kernels that fill ``(dq, dk, dv)``; delta and the slabs live until the iterator is exhausted."""
+    problem = make_problem(query, key, value, spec)
+    dq, dk, dv = gradients
+    delta = torch.empty_like(lse)
+    heads, queries = lse.shape[-2:]
+    block = max(1, min(16, 4096 // padded(problem.DV)))
+    blocks = -(-queries // block)
+    yield Launch(
+        backward_kernels.attention_delta,
+        (blocks * math.prod(lse.shape[:-1]), 1),
+        {
+            "p_dout": dout, "p_out": out, "p_dlse": dlse, "p_lse": lse, "p_delta": delta,
+            **row_strides("gm", dout), **row_strides("om", out),
+            **_dlse_strides(lse if dlse is None else dlse),
+            "row_blocks": blocks, "heads": heads, "queries": queries,
+        },
+        {"DV": problem.DV, "BLOCK_DV": padded(problem.DV), "BLOCK_M": block, "HAS_DLSE": dlse is not None},
+    )  # fmt: skip
+
+    key_blocks = -(-problem.N // config.block_n)
+    slab_bytes = lse.numel() * problem.D * 4
+    most = max(1, min(key_blocks, SLAB_BYTES // max(slab_bytes, 1)))
+    runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, slots), most)
+    run_blocks = max(1, -(-key_blocks // runs))
+    slabs = lse.new_empty((runs, *lse.shape, problem.D), dtype=torch.float32)
+    may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
+    scores = _score_arguments(problem)
+    yield Launch(
+        backward_kernels.attention_backward,
+        (runs * problem.B * problem.Hkv, 1),
+        {
+            "p_q": query, "p_k": key, "p_v": value, "p_dout": dout, "p_lse": lse, "p_delta": delta,
+            "p_slabs": slabs, "p_dk": dk, "p_dv": dv,
+            **row_strides("qm", query), **row_strides("kn", key), **row_strides("vn", value),
+            **row_strides("gm", dout), **row_strides("dkn", dk), **row_strides("dvn", dv), **lse_strides(lse),
+            "stride_ss": slabs.stride(0), "runs": runs, "run_blocks": run_blocks, "scale": spec.scale,
+            "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
+            **scores,
+        },
+        _score_constants(problem, config) | {"HAS_DEAD_ROWS": may_die},
+        config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+    block = max(1, min(16, 4096 // padded(problem.D)))
+    blocks = -(-problem.M // block)
+    shared = ("p_offsets", "p_cu_q", "p_cu_k", "queries", "keys", "q_offset")
+    yield Launch(
+        backward_kernels.reduce_slabs,
+        (blocks * problem.B * problem.H, 1),
+        {
+            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **lse_strides(lse), "stride_ss": slabs.stride(0),
+            "row_blocks": blocks, "heads": problem.H, "runs": runs, "run_keys": run_blocks * config.block_n,
+            "scale": spec.scale, **{name: scores[name] for name in shared},
+        },
+        {"D": problem.D, "BLOCK_D": padded(problem.D), "BLOCK_M": block, "IS_CAUSAL": spec.is_causal,
+         "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
+    )  # fmt: skip
+
+
+def _dlse_strides(dlse: Tensor) -> dict[str, int]:
+    b = 0 if dlse.dim() == 2 else dlse.stride(0)
+    return {"stride_eb": b, "stride_eh": dlse.stride(-2), "stride_em": dlse.stride(-1)}

@@ -1,0 +1,98 @@
+"""The verbs that the kernels are written in: places, visibility, scores, dropout.
+
+Prefixes say where a value lives: ``i_`` program index, ``o_`` offsets, ``p_`` pointer, ``m_`` mask, ``b_`` on-chip
+block, whose shape stands on the line above it. Addresses are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+VARYING = [
+    "row_blocks", "heads", "kv_heads", "queries", "keys", "q_offset", "splits", "split_blocks", "runs", "run_blocks",
+    "run_keys", "threshold",
+]  # fmt: skip
+"""Sizes that change from call to call: no kernel is compiled anew because one of them is 1 or a multiple of 16."""
+
+
+@triton.jit
+def sequence(p_cu_seqlens, i_b, length, IS_PACKED: tl.constexpr):
+    """First row and length of example ``i_b``: row 0 of its own (B, ...) slice, or its place in the pack."""
+    if IS_PACKED:
+        first = tl.load(p_cu_seqlens + i_b)
+        return first, (tl.load(p_cu_seqlens + i_b + 1) - first).to(tl.int32)
+    return tl.zeros((), tl.int64), length
+
+
+@triton.jit
+def offset_of(p_offsets, i_b, q_offset, queries, keys, IS_CAUSAL: tl.constexpr, HAS_OFFSETS: tl.constexpr):
+    """``q_offset`` of the example, cut to [-queries, keys], where it still matters and 32 bits hold it."""
+    if not IS_CAUSAL:
+        return keys
+    if HAS_OFFSETS:
+        return tl.minimum(tl.maximum(tl.load(p_offsets + i_b), -queries), keys).to(tl.int32)
+    return q_offset
+
+
+@triton.jit
+def visible(o_i, o_j, q_offset):
+    """The one visibility rule, in a shape that broadcasts: key j is seen by query i iff j <= q_offset + i."""
+    return o_j <= q_offset + o_i
+
+
+@triton.jit
+def load_rows(p_rows, m_rows, o_d, D: tl.constexpr, IS_MASKED: tl.constexpr):
+    """(rows, BLOCK_D) with zeros past the head dim and, where masked, in the rows that ``m_rows`` hides."""
+    p = p_rows[:, None] + o_d[None, :]
+    if IS_MASKED:
+        return tl.load(p, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
+    if D == o_d.shape[0]:
+        return tl.load(p)
+    return tl.load(p, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """To float32's own precision: near 0 the exponentials would cancel."""
+    x2 = x * x
+    near = x * (1.0 + x2 * (-0.33333333 + x2 * (0.13333147 + x2 * (-0.05391115 + x2 * (0.02120866 - x2 * 0.00602131)))))
+    z = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - z) / (1.0 + z)
+    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def score(b_s, scale, softcap, IS_WIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """From q . k to what the exponent's factor is applied to.
+
+    The natural score where it has to be formed anyway (softcap) or in full (float32); else q . k as it is: its
+    factor joins the exponent's in one multiplication.
+    """
+    if HAS_SOFTCAP:
+        return softcap * tanh(b_s * (scale / softcap))
+    if IS_WIDE:
+        return b_s * scale
+    return b_s
+
+
+@triton.jit
+def score_grad(b_s, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The derivative of the soft cap, from its result."""
+    if HAS_SOFTCAP:
+        b_t = b_s / softcap
+        return 1.0 - b_t * b_t
+    return 1.0
+
+
+@triton.jit
+def kept(p_seed, i_b, o_h, o_i, o_j, threshold):
+    """Which entries dropout keeps: the first word of Philox4x32-10 at (b, h, i, j) against the threshold."""
+    o_i, o_j = tl.broadcast(o_i, o_j)
+    o_h, _ = tl.broadcast(o_h.to(tl.int32), o_i)
+    o_b = tl.zeros_like(o_i) + i_b.to(tl.int32)
+    word, _, _, _ = tl.philox(tl.load(p_seed), o_b, o_h, o_i, o_j)
+    return word >= threshold.to(tl.uint32, bitcast=True)

@@ -31,7 +31,7 @@ def test_every_backend_within_budget(case: Case, dtype: torch.dtype) -> None:
     before = [t.clone() for t in (inputs.query, inputs.key, inputs.value, inputs.dout, inputs.dlse)]
     served = 0
     for backend in USABLE:
-        why_not = refusal(backend, case)
+        why_not = refusal(backend, case, dtype)
         if why_not is not None:
             with pytest.raises(ValueError, match=why_not):
                 inputs.run(backend)
@@ -48,7 +48,8 @@ def test_every_backend_within_budget(case: Case, dtype: torch.dtype) -> None:
         assert (got["lse"].dtype, got["lse"].stride()) == (lse.dtype, lse.stride()), backend
         for name, leaf in (("dq", inputs.query), ("dk", inputs.key), ("dv", inputs.value)):
             assert got[name].dtype == leaf.dtype, (backend, name)
-    assert served
+    if not served:
+        pytest.skip(f"{', '.join(USABLE)} refuse it, as they should")
     after = (inputs.query, inputs.key, inputs.value, inputs.dout, inputs.dlse)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written to"
 

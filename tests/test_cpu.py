@@ -12,6 +12,7 @@ from perceiver_kernels.testing.budget import budget, math_reference, reference64
 from perceiver_kernels.testing.cases import CASES, Case
 from perceiver_kernels.testing.inputs import make_inputs
 
+pytestmark = pytest.mark.cpu_only("its kernels")
 if pk.available_backends()["cpu"] is not None:
     pytest.skip("the package was installed without its compiled kernels", allow_module_level=True)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import seeded
 
 from perceiver_kernels.generation import CachedDecoder, RecomputingDecoder, sample, window_start
 from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
@@ -38,7 +39,7 @@ def model(request):
 
 
 def draw(*shape):
-    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, VOCAB, shape, generator=seeded(1))
 
 
 @pytest.mark.parametrize(("num_latents", "stride"), [(8, 4), (8, 1), (8, 8), (5, 3), (1, 1), (7, 2)])
@@ -117,8 +118,7 @@ def test_generate_with_and_without_the_cache(model, length, ragged):
     pad_mask = (torch.arange(length) < torch.tensor([[0], [length // 2], [length - 1]])) if ragged else None
     options = {"pad_mask": pad_mask, "top_k": 5}
     a, b = (
-        model.generate(prompt, 30, use_cache=cache, generator=torch.Generator().manual_seed(7), **options)
-        for cache in (True, False)
+        model.generate(prompt, 30, use_cache=cache, generator=seeded(7), **options) for cache in (True, False)
     )
     assert a.shape == (3, length + 30)
     assert a.dtype == prompt.dtype
@@ -196,7 +196,7 @@ def test_int32_prompt_and_progress(model, capsys):
 
 def frequencies(draws=4000, **options):
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(draws, 4)
-    return sample(logits, generator=torch.Generator().manual_seed(0), **options).bincount(minlength=4) / draws
+    return sample(logits, generator=seeded(0), **options).bincount(minlength=4) / draws
 
 
 @pytest.mark.parametrize(

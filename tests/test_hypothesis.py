@@ -16,7 +16,9 @@ from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 
 SIZES = st.integers(0, 40)
-DIMS = st.integers(1, 70)
+# Where a backend refuses most head dims and float64, draw what it serves: test_contract.py has the refusals.
+DIMS = st.integers(1, 70) if "triton" not in USABLE else st.sampled_from(range(8, 97, 8))
+DTYPES = [torch.float32] if "triton" in USABLE else [torch.float32, torch.float64]
 OPTIONS = {
     "is_causal": st.booleans(),
     "q_offset": st.one_of(st.none(), st.integers(-50, 50), st.just("per_example")),
@@ -65,7 +67,7 @@ def roundings(inputs: Inputs, want: Tensor) -> float:
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     case=cases(),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
 def test_drawn_cases(case: Case, dtype: torch.dtype, seed: int) -> None:
@@ -74,7 +76,7 @@ def test_drawn_cases(case: Case, dtype: torch.dtype, seed: int) -> None:
     inputs = Inputs(*tensors, drawn.dlse, drawn.kwargs)
     want, plain = reference64(inputs), math_reference(inputs)
     for backend in USABLE:
-        why_not = refusal(backend, case)
+        why_not = refusal(backend, case, dtype)
         if why_not is not None:
             with pytest.raises(ValueError, match=why_not):
                 inputs.run(backend)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import BY_NAME, OURS, USABLE
+from conftest import BY_NAME, DEVICE, OURS, USABLE
 
 from perceiver_kernels.testing.cases import TORCH_SHORTFALLS, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
@@ -110,6 +110,8 @@ def unseen_keys(inputs: Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value", "dout"])
 def test_what_is_seen_goes_where_the_reference_sends_it(backend: str, poison: float, where: str) -> None:
+    if backend == "sdpa" and DEVICE.type != "cpu":
+        pytest.skip("which of torch's kernels runs, and what it makes of infinities, differs between devices")
     inputs = make_inputs(Case("not_causal", 2, 4, 2, 9, 70, 16, 16, is_causal=False), torch.float32)
     getattr(inputs, where)[1, 1, 3, 2] = poison
     got, want = inputs.run(backend), inputs.run("reference")

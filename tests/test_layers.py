@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import nn
 
 from perceiver_kernels.layers import (
@@ -149,7 +150,7 @@ def test_autocast():
     latents, prefix = data(dtype=torch.float32)
     layer = CrossAttention(DIM, 3)
     want = layer(latents, prefix)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         got = layer(latents, prefix)
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).norm() < 0.03 * want.norm()
@@ -161,13 +162,13 @@ def test_autocast():
 @pytest.mark.parametrize(("length", "p"), [(10, 0.3), (10, 0.99), (7, 0.5), (1, 0.9), (0, 0.5), (1000, 0.97)])
 def test_kept_indices_are_an_exact_ascending_subset(length, p):
     torch.manual_seed(0)
-    kept = kept_indices(5, length, p, torch.device("cpu"))
+    kept = kept_indices(5, length, p, DEVICE)
     assert kept.shape == (5, length - int(length * p))
     assert (kept.diff(dim=-1) > 0).all()
     assert length == 0 or (kept.min() >= 0 and kept.max() < length)
     if length == 1000:
         assert len({tuple(row.tolist()) for row in kept}) == 5
-        many = kept_indices(2000, 20, 0.5, torch.device("cpu"))
+        many = kept_indices(2000, 20, 0.5, DEVICE)
         frequency = many.flatten().bincount(minlength=20) / 2000
         assert (frequency - 0.5).abs().max() < 0.06
 
@@ -195,7 +196,7 @@ def test_prefix_dropout_is_attention_over_the_kept_prefix(p, per_example):
     torch.manual_seed(5)
     got = layer(latents, prefix, key_mask=key_mask, positions=positions)
     torch.manual_seed(5)
-    kept = kept_indices(2, 16, p, torch.device("cpu"))
+    kept = kept_indices(2, 16, p, DEVICE)
     visible = torch.ones(2, 20, dtype=torch.bool)
     visible[:, :16] = torch.zeros(2, 16, dtype=torch.bool).scatter(1, kept, True)
     want = layer.eval()(latents, prefix, key_mask=key_mask & visible, positions=positions)

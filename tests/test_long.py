@@ -26,6 +26,7 @@ def test_budgets_over_a_long_input(backend: str, case: Case, dtype: torch.dtype)
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only("elsewhere the sdpa backend has the reference's backward")
 @pytest.mark.skipif("sdpa" not in USABLE, reason="needs torch's kernels")
 def test_torch_misses_the_budget_there() -> None:
     assert "bfloat16_gradients_of_long_inputs" in TORCH_SHORTFALLS

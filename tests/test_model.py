@@ -6,6 +6,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from conftest import DEVICE, seeded
 
 import perceiver_kernels as pk
 from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
@@ -37,7 +38,7 @@ def build(**changes):
 
 
 def draw(*shape):
-    return torch.randint(0, CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, CONFIG.vocab_size, shape, generator=seeded(1))
 
 
 def close(a, b):
@@ -197,12 +198,12 @@ def test_learns():
 def test_save_and_load(tmp_path, changes, dtype):
     model, path = build(**changes).to(dtype), tmp_path / "model.safetensors"
     model.save(path)
-    loaded = PerceiverAR.load(path)
+    loaded = PerceiverAR.load(path, device=DEVICE)
     assert loaded.config == model.config
     state = model.state_dict()
     assert state.keys() == loaded.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())
-    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    assert all(p.requires_grad and p.device == DEVICE for p in loaded.parameters())
     tokens = draw(1, 20)
     assert torch.equal(model(tokens), loaded.eval()(tokens))
 

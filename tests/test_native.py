@@ -9,6 +9,7 @@ import torch
 from perceiver_kernels import _library
 from perceiver_kernels.reference import philox
 
+pytestmark = pytest.mark.cpu_only("single steps of its kernels")
 native = _library.native
 if native is None:
     pytest.skip("the package was installed without its compiled kernels", allow_module_level=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from perceiver_kernels.rotary import (
     LAYOUTS,
@@ -54,7 +55,7 @@ def test_products_depend_on_the_distance_alone(layout):
 
 def test_angles_stay_float32_for_bfloat16_data_and_under_autocast():
     positions = torch.arange(999, 1003)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cos, sin = rotary_cos_sin(positions, 8)
         assert cos.dtype == sin.dtype == torch.float32
         x = torch.ones(1, 4, 1, 8, dtype=torch.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BY_NAME, answers
+from conftest import BY_NAME, USABLE, answers
 
 from perceiver_kernels.backends import sdpa
 from perceiver_kernels.testing.budget import relative_error
@@ -14,6 +14,7 @@ NAMES = ("ragged", "square", "grouped_heads", "transposed_grouped", "more_querie
          "offset_static_cache")  # fmt: skip
 
 
+@pytest.mark.skipif("sdpa" not in USABLE, reason="not under test")
 @pytest.mark.parametrize("name", NAMES)
 def test_path_without_fused_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "_has_fused", lambda device: False)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import seeded
 
 package = pytest.importorskip(
     "perceiver_ar_pytorch", reason="perceiver-ar-pytorch is a development dependency"
@@ -31,7 +32,7 @@ def run(model, tokens, prefix_mask=None, seed=1):
     model.zero_grad()
     torch.manual_seed(seed)
     logits = model(tokens, prefix_mask=prefix_mask)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
+    weights = torch.randn(logits.shape, generator=seeded(2)).to(logits)
     (logits * weights).sum().backward()
     return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
@@ -59,10 +60,10 @@ def check(model, tokens, prefix_mask=None):
 @pytest.mark.parametrize("length", [PREFIX + 1, PREFIX + 2, 61, 96])
 @pytest.mark.parametrize("masked", [False, True])
 def test_logits_and_every_gradient(length, masked):
-    tokens = torch.randint(0, 29, (3, length), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, 29, (3, length), generator=seeded(3))
     mask = None
     if masked:
-        mask = torch.rand(3, PREFIX, generator=torch.Generator().manual_seed(4)) < 0.6
+        mask = torch.rand(3, PREFIX, generator=seeded(4)) < 0.6
         mask[1] = False  # an empty prefix
     check(build(), tokens, mask)
 
@@ -70,8 +71,8 @@ def test_logits_and_every_gradient(length, masked):
 @pytest.mark.parametrize("masked", [False, True])
 def test_cross_attn_dropout_draws_what_the_original_draws(masked):
     model = build(cross_attn_dropout=0.4, perceive_depth=2).train()
-    tokens = torch.randint(0, 29, (3, 70), generator=torch.Generator().manual_seed(3))
-    mask = torch.rand(3, PREFIX, generator=torch.Generator().manual_seed(4)) < 0.6 if masked else None
+    tokens = torch.randint(0, 29, (3, 70), generator=seeded(3))
+    mask = torch.rand(3, PREFIX, generator=seeded(4)) < 0.6 if masked else None
     check(model, tokens, mask)
     swapped = swap(model)
     torch.manual_seed(1)

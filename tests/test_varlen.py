@@ -48,10 +48,10 @@ def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("lengths", [[0], [0, 0], [0, 0, 0]])
 def test_nothing_packed(backend: str, lengths: list[int]) -> None:
-    rows = torch.zeros(0, 2, 4, requires_grad=True)
+    rows = torch.zeros(0, 2, 8, requires_grad=True)
     ends = torch.tensor(lengths, dtype=torch.int32)
     out, lse = pk.perceiver_attention_varlen(rows, rows, rows, ends, ends, return_lse=True, backend=backend)
-    assert (out.shape, lse.shape) == ((0, 2, 4), (2, 0))
+    assert (out.shape, lse.shape) == ((0, 2, 8), (2, 0))
     (gradient,) = torch.autograd.grad(out.sum() + lse.sum(), rows)
     assert gradient.shape == rows.shape
 

@@ -1,4 +1,4 @@
-"""The `perceiver-kernels` command: doctor, verify, bench, demo."""
+"""The `perceiver-kernels` command: doctor, verify, bench, demo, gpu-check."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_kernels import __version__
-from perceiver_kernels.cli import bench, demo, doctor, verify
+from perceiver_kernels.cli import bench, demo, doctor, gpu_check, verify
 from perceiver_kernels.cli.machine import provenance
 from perceiver_kernels.cli.report import CommandError, Result, err, write_json
 
-COMMANDS: dict[str, Any] = {"doctor": doctor, "verify": verify, "bench": bench, "demo": demo}
+COMMANDS: dict[str, Any] = {
+    "doctor": doctor,
+    "verify": verify,
+    "bench": bench,
+    "demo": demo,
+    "gpu-check": gpu_check,
+}
 USAGE_ERROR, INTERRUPTED = 2, 130
 
 
@@ -32,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns 0, 1 (something failed), 2 (bad request) or 130 (interrupted)."""
+    """Run one subcommand. Returns 0, 1 (something failed), 2 (can't be done here) or 130 (interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     result: Result = {}

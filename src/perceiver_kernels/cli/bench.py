@@ -1,8 +1,8 @@
 """Time every usable backend against torch's own ways to compute the same attention, in one interleaved run.
 
 The peers are torch-eager (matmul, softmax, matmul), torch-sdpa (scaled_dot_product_attention with the
-bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention). A backend is timed only if
-its results are within budget first.
+bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention); on a GPU also flash-attn and
+flash-attn-3, where they are installed. A backend is timed only if its results are within budget first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import perceiver_kernels as pk
-from perceiver_kernels.cli import charts, measure
+from perceiver_kernels.cli import charts, gpu, measure
 from perceiver_kernels.cli.machine import caption
 from perceiver_kernels.cli.measure import DTYPES, PASSES, Candidate
 from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, seconds
 from perceiver_kernels.testing.cases import BENCH_CASES, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
-from perceiver_kernels.testing.peers import PEERS, Unsupported
+from perceiver_kernels.testing.peers import GPU_PEERS, PEERS
 
 SUMMARY = "microbenchmarks against eager, SDPA and FlexAttention"
 SHAPE_FLAGS = {
@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="start no new round after this long (default 60)"
     )
+    parser.add_argument("--device", choices=gpu.DEVICES, default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own choice)")
     parser.add_argument(
         "--no-memory", action="store_true", help="skip peak memory, which takes a fresh process each"
@@ -104,9 +105,10 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 def chosen_names(args: argparse.Namespace) -> list[str]:
     """Backends and peers to run. CommandError for a name that is unknown or can't run here."""
-    backends = pk.available_backends("cpu")
+    backends = pk.available_backends(gpu.checked_device(args.device))
     if args.backends is None:
-        return [name for name, reason in backends.items() if reason is None] + list(PEERS)
+        peers = [name for name in PEERS if args.device != "cpu" or name not in GPU_PEERS]
+        return [name for name, reason in backends.items() if reason is None] + peers
     for name in args.backends:
         if name not in PEERS and name not in backends:
             raise CommandError(f"unknown backend {name!r}: choose from {', '.join([*backends, *PEERS])}")
@@ -125,11 +127,12 @@ def shape_text(case: Case) -> str:
 class Problem:
     """One shape, dtype and pass: its inputs, its candidates and the rows that come out."""
 
-    def __init__(self, case: Case, dtype: str, direction: str) -> None:
-        self.case, self.dtype, self.direction = case, dtype, direction
+    def __init__(self, case: Case, dtype: str, direction: str, device: str = "cpu") -> None:
+        self.case, self.dtype, self.direction, self.device = case, dtype, direction, device
         self.backward = direction == "fwdbwd"
-        self.inputs: Inputs = make_inputs(case, DTYPES[dtype], "cpu", 0)
+        self.inputs: Inputs = make_inputs(case, DTYPES[dtype], device, 0)
         self.head = {"case": case.name, "shape": shape_text(case), "dtype": dtype, "pass": direction}
+        self.head["device"] = device
         self.candidates: list[Candidate] = []
         self.notes: dict[str, dict[str, Any]] = {}
         # What the machine can do, once in each round: its clock and its shared memory bus drift.
@@ -142,8 +145,8 @@ class Problem:
         note: dict[str, Any] = {**self.head, "candidate": name, "kind": kind}
         self.notes[name] = note
         try:
-            candidate = measure.prepare(name, self.inputs, self.backward)
-        except (Unsupported, ValueError, RuntimeError, MemoryError) as error:
+            candidate = measure.prepare(name, self.inputs, self.backward, reference, self.device)
+        except (ValueError, RuntimeError, MemoryError) as error:  # Unsupported is a ValueError
             note["skipped"] = str(error)
             return
         note["way"] = candidate.way
@@ -157,9 +160,9 @@ class Problem:
 
     def probe(self) -> None:
         """Sample the limits that rows are compared with."""
-        self.peaks += measure.fma_peak(self.dtype)
+        self.peaks += measure.fma_peak(self.dtype, self.device)
         if not self.backward:
-            self.reads += measure.read_bandwidth()
+            self.reads += measure.read_bandwidth(self.device)
 
     def rows(self, memory: dict[str, int | None]) -> list[dict[str, Any]]:
         """One row for each candidate, with what has been sampled so far."""
@@ -189,6 +192,7 @@ class Problem:
                     "read_gb_per_s": read,
                     "bandwidth_fraction": None if read is None else bandwidth / read,
                     "peak_extra_bytes": memory.get(name),
+                    "launch_s": sampled[name].launch_s,
                 }
             rows.append(row)
         return rows
@@ -229,7 +233,9 @@ def measure_problem(
 def weigh(problem: Problem, candidate: Candidate) -> int | None:
     """The candidate's peak extra memory; why not, in its note."""
     try:
-        return measure.weigh(problem.case, problem.dtype, problem.backward, candidate.name, candidate.way)
+        return measure.weigh(
+            problem.case, problem.dtype, problem.backward, candidate.name, candidate.way, problem.device
+        )
     except RuntimeError as error:
         problem.notes[candidate.name]["memory_error"] = str(error)
         return None
@@ -243,6 +249,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     for (case, shape, dtype, direction), group in groups.items():
         table = Table(title=f"{case}: {shape}, {dtype}, {direction}", title_justify="left")
         table.add_column("candidate")
+        launched = any(row.get("launch_s") is not None for row in group)
         for column in (
             "median",
             "quartiles",
@@ -253,6 +260,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             "of read",
             "peak MiB",
             "error/budget",
+            *(["launch"] if launched else []),
         ):
             table.add_column(column, justify="right")
         for row in group:
@@ -272,6 +280,7 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 f"{row['error']:.1e} / {row['budget']:.1e}"
                 if row["within_budget"]
                 else f"[red]{row['error']:.1e} / {row['budget']:.1e}[/]",
+                *([seconds(row["launch_s"])] if launched else []),
             )
         out.print(table)
         for row in group:
@@ -288,6 +297,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
     if args.plot:
         charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show before minutes of measuring
     result["machine"]["threads"] = torch.get_num_threads()
+    result["device"] = args.device
     problems = [(c, d, p) for c in cases for d in args.dtype for p in args.passes]
     measure_all(
         problems,
@@ -297,6 +307,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
         limit=args.seconds,
         weighed=not args.no_memory,
         plot=args.plot,
+        device=args.device,
     )
     return 0
 
@@ -307,13 +318,14 @@ def measure_all(
     result: Result,
     *,
     plot: Path | None,
+    device: str = "cpu",
     **options: Any,
 ) -> None:
     """Measure each (case, dtype, pass) into `result`, print and draw them: those so far, if interrupted."""
     result["rows"] = []
     try:
         for case, dtype, direction in problems:
-            measure_problem(Problem(case, dtype, direction), names, result, **options)
+            measure_problem(Problem(case, dtype, direction, device), names, result, **options)
     finally:
         print_tables(result["rows"])
         if plot and result["rows"]:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, PEER, INK = "#2166ac", "#b8b8b8", "#333333"
+OUR_SHADES, PEER_SHADES = (
+    (OURS, "#67a9cf", "#053061"),
+    ("#d0d0d0", "#a8a8a8", "#808080", "#585858", "#e8e0d0"),
+)
+KINDS = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
 
 def canvas(columns: int, rows: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -43,7 +48,8 @@ def bench_chart(rows: list[dict[str, Any]], path: Path, caption: str) -> None:
     figure, axes = canvas(columns, lines, (6.2 * columns, lines * (1.3 + 0.34 * deepest) + 0.3))
     for axis, ((case, dtype, direction), group) in zip(axes, problems.items(), strict=False):
         names = [row["candidate"] for row in group]
-        rates = [row["gflops"] for row in group]
+        unit, scale, peak = units(group[0])
+        rates = [row["gflops"] * scale for row in group]
         spread = [
             [rate * (1 - row["median_s"] / row["q3_s"]) for rate, row in zip(rates, group, strict=True)],
             [rate * (row["median_s"] / row["q1_s"] - 1) for rate, row in zip(rates, group, strict=True)],
@@ -58,17 +64,80 @@ def bench_chart(rows: list[dict[str, Any]], path: Path, caption: str) -> None:
             )
         limit = group[0]["peak_gflops"]
         if limit is not None:
+            limit *= scale
             axis.axvline(limit, color=INK, linestyle=":", linewidth=1)
-            axis.annotate("FMA peak ", (limit, -0.45), ha="right", va="bottom", size=7, color=INK)
+            axis.annotate(peak + " ", (limit, -0.45), ha="right", va="bottom", size=7, color=INK)
         axis.set_xlim(0, 1.18 * max(*rates, limit or 0.0))
         axis.invert_yaxis()
-        kind = {"fwd": "forward", "fwdbwd": "forward + backward"}[direction]
-        axis.set_title(f"{case}: {group[0]['shape']}\n{dtype}, {kind}", size=9, loc="left")
-        axis.set_xlabel("GFLOP/s, median and quartiles (speed-up over torch-sdpa)", size=8)
+        axis.set_title(f"{case}: {group[0]['shape']}\n{dtype}, {KINDS[direction]}", size=9, loc="left")
+        axis.set_xlabel(f"{unit}, median and quartiles (speed-up over torch-sdpa)", size=8)
         axis.tick_params(labelsize=8)
     for axis in axes[len(problems) :]:
         axis.set_visible(False)
     save(figure, path, caption)
+
+
+def units(row: dict[str, Any]) -> tuple[str, float, str]:
+    """Unit of a row's rate, factor on GFLOP/s that makes it, and the name of the machine's limit."""
+    if row.get("device", "cpu") == "cpu":
+        return "GFLOP/s", 1.0, "FMA peak"
+    return "TFLOP/s", 1e-3, "matrix product"
+
+
+def overview_chart(rows: list[dict[str, Any]], path: Path, caption: str) -> None:
+    """One panel per dtype and pass with a bar per candidate at every shape, ours blue, others grey.
+
+    Decoding (M = 1) is a matter of memory: it has a panel of its own, in GB/s of keys and values.
+    """
+    measured = [row for row in rows if "median_s" in row]
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in measured:
+        unit, scale, peak = units(row)
+        if " M1 " in row["shape"] and row.get("kv_gb_per_s"):
+            bar = {"at": f"{row['case']}, {row['dtype']}\n{row['shape']}", "height": row["kv_gb_per_s"]}
+            bar |= {"limit": row["read_gb_per_s"], "limit_name": "reading alone"}
+            title = "decode: GB/s of keys and values"
+        else:
+            bar = {"at": f"{row['case']}\n{row['shape'].replace(' M', chr(10) + 'M')}"}
+            bar |= {"height": row["gflops"] * scale, "limit_name": peak}
+            bar["limit"] = None if row["peak_gflops"] is None else row["peak_gflops"] * scale
+            title = f"{row['dtype']}, {KINDS[row['pass']]}: {unit}"
+        panels.setdefault(title, []).append({**bar, "candidate": row["candidate"]})
+    if not panels:
+        return
+    colors: dict[str, str] = {}
+    for kind, shades in (("backend", OUR_SHADES), ("peer", PEER_SHADES)):
+        names = dict.fromkeys(row["candidate"] for row in measured if row["kind"] == kind)
+        colors |= {name: shades[i % len(shades)] for i, name in enumerate(names)}
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = canvas(columns, lines, (7.5 * columns, 3.4 * lines))
+    for axis, (title, bars) in zip(axes, panels.items(), strict=False):
+        grouped_bars(axis, bars, colors)
+        axis.set_title(title, size=9, loc="left")
+    axes[0].legend(frameon=False, fontsize=7, loc="upper right", ncols=len(colors))
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    save(figure, path, caption)
+
+
+def grouped_bars(axis: Axes, bars: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    """The bars of each place side by side, one for each candidate, and the machine's limit as a line."""
+    places = list(dict.fromkeys(bar["at"] for bar in bars))
+    width = 0.84 / len(colors)
+    for i, (name, color) in enumerate(colors.items()):
+        heights = {places.index(bar["at"]): bar["height"] for bar in bars if bar["candidate"] == name}
+        at = [x + (i - (len(colors) - 1) / 2) * width for x in heights]
+        drawn = axis.bar(at, list(heights.values()), width, color=color, label=name)
+        labels = [f"{height:,.0f}" if height >= 100 else f"{height:.3g}" for height in heights.values()]
+        axis.bar_label(drawn, labels, size=5, rotation=90, padding=2)
+    limit = bars[0]["limit"]
+    if limit is not None:
+        axis.axhline(limit, color=INK, linestyle=":", linewidth=1)
+        axis.annotate(bars[0]["limit_name"], (-0.5, limit), va="bottom", size=7, color=INK)
+    axis.set_xticks(range(len(places)), places, size=6)
+    axis.margins(y=0.18)
+    axis.tick_params(axis="y", labelsize=8)
 
 
 def training_chart(points: list[dict[str, Any]], zlib_bits: float, path: Path, caption: str) -> None:

@@ -95,7 +95,7 @@ def run_bench(args: argparse.Namespace, result: Result) -> int:
     usable = [name for name, reason in pk.available_backends("cpu").items() if reason is None]
     ours = [name for name in usable if name not in ("sdpa", "reference")] or usable
     problems = [(PRESETS[name], dtype, direction) for name, dtype, direction in BENCHED]
-    options = {"repeat": 5, "limit": 12.0, "weighed": True}
+    options: dict[str, Any] = {"repeat": 5, "limit": 12.0, "weighed": True}
     bench.measure_all(problems, ours + PEERS_SHOWN, result, plot=args.output / "bench.png", **options)
     return 0
 

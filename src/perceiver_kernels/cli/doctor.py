@@ -13,7 +13,7 @@ from rich.table import Table
 
 import perceiver_kernels as pk
 from perceiver_kernels._library import missing
-from perceiver_kernels.cli import machine
+from perceiver_kernels.cli import gpu, machine
 from perceiver_kernels.cli.report import Result, out
 
 SUMMARY = "machine, instruction set, torch, and which backends are usable"
@@ -21,13 +21,23 @@ OPTIONAL = {"matplotlib": "plots", "perceiver_ar_pytorch": "the swap-in part of 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """doctor has no arguments of its own."""
+    """Which device to look at; all of them by default."""
+    parser.add_argument(
+        "--device", choices=gpu.DEVICES, help="this kind alone; exit code 1 unless a backend can run there"
+    )
 
 
 def devices() -> list[str]:
     """Every kind of device that this torch can use here."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def fact(value: Any) -> str:
+    """A value of the machine's or the build's description, for people."""
+    if isinstance(value, dict):
+        value = [f"{name} {item}" for name, item in value.items()]
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value or "none")
 
 
 def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) -> list[str]:
@@ -48,6 +58,10 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
             f"torch uses {torch.get_num_threads()} of {machine.cores()} cores: "
             "see OMP_NUM_THREADS or torch.set_num_threads."
         )
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        found.append(
+            "triton is missing, which the GPU kernels need: pip install 'perceiver-kernels[triton]'."
+        )
     for module, purpose in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
             found.append(
@@ -61,19 +75,17 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
 def run(args: argparse.Namespace, result: Result) -> int:
     """Print three tables and the advice. Returns 0 if any backend is usable, else 1."""
     why_not, build = missing, machine.build()
-    backends = {device: pk.available_backends(device) for device in devices()}
+    asked = devices() if args.device is None else [gpu.checked_device(args.device)]
+    backends = {device: pk.available_backends(device) for device in asked}
     result["library"] = {"loaded": why_not is None, "reason": why_not, "build": build}
     result["backends"], result["advice"] = backends, advice(build, backends)
 
     facts = Table(title="Machine", show_header=False, title_justify="left")
     for name, value in result["machine"].items():
-        facts.add_row(name, escape(", ".join(value) or "none" if isinstance(value, list) else str(value)))
+        facts.add_row(name, escape(fact(value)))
     facts.add_row("package", f"perceiver_kernels {result['version']}, commit {result['commit'] or 'unknown'}")
     for name, value in build.items():
-        facts.add_row(
-            f"library: {name}",
-            escape(", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)),
-        )
+        facts.add_row(f"library: {name}", escape(fact(value)))
     if why_not is not None:
         facts.add_row("library", f"[yellow]not loaded:[/] {escape(why_not)}")
     out.print(facts)

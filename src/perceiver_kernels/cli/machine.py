@@ -15,6 +15,7 @@ import torch
 
 from perceiver_kernels import __version__
 from perceiver_kernels._library import missing, native
+from perceiver_kernels.cli import gpu
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -73,9 +74,11 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": gpu.triton_version(),
         "threads": torch.get_num_threads(),
         "isa": build().get("isa"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpu": gpu.facts(),
     }
 
 
@@ -94,5 +97,11 @@ def provenance(arguments: list[str] | None = None) -> dict[str, Any]:
 def caption(result: dict[str, Any]) -> str:
     """Machine and commit in one line, for the foot of a chart."""
     where, what = result["machine"], (result["commit"] or result["version"])[:12]
+    if result.get("device", "cpu") != "cpu":
+        card = where["gpu"]
+        return (
+            f"{card['name']}, {card['sms']} SMs, driver {card['driver']}, torch {where['torch']}, "
+            f"triton {where['triton']}, {what}"
+        )
     isa = where["isa"] or "no compiled library"
     return f"{where['cpu']}, {where['threads']} threads, {isa}, torch {where['torch']}, {what}"

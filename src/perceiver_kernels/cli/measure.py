@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels._library import native
+from perceiver_kernels.cli import gpu
 from perceiver_kernels.cli.fresh import in_fresh_process
 from perceiver_kernels.cli.machine import build
 from perceiver_kernels.cli.memory import peak_growth
@@ -33,6 +35,7 @@ DTYPES = {
 }
 PASSES = ("fwd", "fwdbwd")
 PROBE_BYTES = 256 << 20  # beyond any cache
+ANOTHER_PROBLEM = 0.5  # a relative error beyond this is no rounding: another mask, say
 
 Reference = dict[str, tuple[Tensor, float]]
 
@@ -45,7 +48,9 @@ class Candidate:
     call: Callable[[], tuple[Tensor, ...]]
     way: str = ""  # which of a peer's variants was fastest
     loops: int = 1  # calls per sample
+    launch_s: float | None = None  # on a GPU: what one call takes the CPU
     samples: list[float] = field(default_factory=list)  # seconds per call, one entry per round
+    clock: Callable[[Callable[[], Any], int], float] | None = None  # None: this module's
 
 
 def runner(attend: Attend, inputs: Inputs, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
@@ -81,23 +86,39 @@ def clock(call: Callable[[], Any], loops: int = 1) -> float:
     return (time.perf_counter() - begin) / loops
 
 
-def prepare(name: str, inputs: Inputs, backward: bool) -> Candidate:
-    """Warm `name` up, choose its fastest way and how many calls make a sample."""
+def prepare(
+    name: str, inputs: Inputs, backward: bool, reference: Reference | None = None, device: str = "cpu"
+) -> Candidate:
+    """Warm `name` up, choose its fastest way and how many calls make a sample.
+
+    A way that is far from `reference`, where given, computes something else and is passed over.
+    """
     best: Candidate | None = None
     fastest = float("inf")
     errors = []
+    measured = clock if device == "cpu" else gpu.clock
     for way, attend in ways(name, inputs, backward).items():
-        call = runner(attend, inputs, backward)
+        candidate = Candidate(name, runner(attend, inputs, backward), way)
         try:
-            call()  # compiles, allocates and touches what only a first call has to
-            took = min(clock(call), clock(call))
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            errors.append(str(error).splitlines()[0])
+            with warnings.catch_warnings():  # torch explains at length why some way is not for this problem
+                warnings.simplefilter("ignore")
+                candidate.call()  # compiles, allocates and touches what only a first call has to
+                took = min(measured(candidate.call), measured(candidate.call))
+        except Exception as error:  # triton's errors share no base with torch's
+            errors.append((str(error).splitlines() or [type(error).__name__])[0])
             continue
+        if reference is not None and way:
+            off = accuracy(candidate, inputs, reference)["error"]
+            if not off <= ANOTHER_PROBLEM:
+                errors.append(f"{way}: a relative error of {off:.2g} is no rounding")
+                continue
         if took < fastest:
-            best, fastest = Candidate(name, call, way, max(1, round(SHORTEST_SAMPLE / took))), took
+            candidate.loops = max(1, round(SHORTEST_SAMPLE / took))
+            best, fastest = candidate, took
     if best is None:
         raise Unsupported("; ".join(dict.fromkeys(errors)))
+    if device != "cpu":
+        best.clock, best.launch_s = gpu.clock, gpu.launch_time(best.call)
     return best
 
 
@@ -108,7 +129,8 @@ def rounds(candidates: Sequence[Candidate], repeat: int, limit: float) -> Iterat
         if done >= 3 and time.perf_counter() - begin > limit:
             return
         for candidate in candidates:
-            candidate.samples.append(clock(candidate.call, candidate.loops))
+            measured = candidate.clock or clock
+            candidate.samples.append(measured(candidate.call, candidate.loops))
             yield
 
 
@@ -145,10 +167,10 @@ def accuracy(candidate: Candidate, inputs: Inputs, reference: Reference) -> dict
 def visible_pairs(inputs: Inputs) -> int:
     """(query, key) pairs that the visibility rule leaves, over all examples and query heads."""
     spec, (batch, heads, queries, _), keys = inputs.spec(), inputs.query.shape, inputs.key.shape[2]
-    last = torch.full((batch, queries), keys, dtype=torch.int64)  # each query sees keys [0, last)
+    last = torch.full((batch, queries), keys, device="cpu")  # each query sees keys [0, last)
     if spec.is_causal:
-        offsets = torch.tensor([spec.q_offset] * batch) if spec.q_offsets is None else spec.q_offsets.cpu()
-        last = (offsets.unsqueeze(1) + torch.arange(queries) + 1).clamp(0, keys)
+        offset = torch.tensor([spec.q_offset] * batch) if spec.q_offsets is None else spec.q_offsets
+        last = (offset.cpu().unsqueeze(1) + torch.arange(queries, device="cpu") + 1).clamp(0, keys)
     if spec.key_mask is None:
         return heads * int(last.sum())
     seen = torch.nn.functional.pad(spec.key_mask.cpu().cumsum(1), (1, 0))
@@ -168,22 +190,34 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median_s": median, "q1_s": low, "q3_s": high, "min_s": min(samples)}
 
 
-def fma_peak(dtype: str) -> list[float]:
-    """GFLOP/s of a loop of multiply-adds alone, with torch's number of threads; none without the library."""
+def fma_peak(dtype: str, device: str = "cpu") -> list[float]:
+    """GFLOP/s of a loop of multiply-adds alone, with torch's number of threads; none without the library.
+
+    On a GPU that of a large matrix product by torch.
+    """
+    if device != "cpu":
+        return [gpu.matmul_rate(DTYPES[dtype])]
     if native is None or not build():
         return []
     return [float(native.fma_peak(dtype, torch.get_num_threads()))]
 
 
-def read_bandwidth() -> list[float]:
+def read_bandwidth(device: str = "cpu") -> list[float]:
     """GB/s of a loop that reads memory alone, with torch's number of threads; none without the library."""
+    if device != "cpu":
+        return [gpu.read_bandwidth()]
     if native is None or not build():
         return []
     return [float(native.read_bandwidth(torch.get_num_threads(), PROBE_BYTES))]
 
 
-def weigh(case: Case, dtype: str, backward: bool, name: str, way: str = "") -> int | None:
-    """Peak extra memory of one call in a fresh process, in bytes; None where it can't be told."""
+def weigh(
+    case: Case, dtype: str, backward: bool, name: str, way: str = "", device: str = "cpu"
+) -> int | None:
+    """Peak extra memory of one call in bytes; None where it can't be told.
+
+    Measured in a fresh process, but for a GPU: torch keeps its own account of that memory.
+    """
     argument = {
         "case": asdict(case),
         "dtype": dtype,
@@ -191,7 +225,10 @@ def weigh(case: Case, dtype: str, backward: bool, name: str, way: str = "") -> i
         "name": name,
         "way": way,
         "threads": torch.get_num_threads(),
+        "device": device,
     }
+    if device != "cpu":
+        return peak_memory(argument)
     peak: int | None = in_fresh_process(peak_memory, argument)
     return peak
 
@@ -200,16 +237,18 @@ def peak_memory(argument: dict[str, Any]) -> int | None:
     """What :func:`weigh` runs in the fresh process; a peer's mask is included."""
     torch.set_num_threads(argument["threads"])
     dtype, backward, name, way = (argument[key] for key in ("dtype", "backward", "name", "way"))
+    device = argument["device"]
+    growth = peak_growth if device == "cpu" else gpu.peak_growth
     case = Case(**argument["case"])
 
     def once(inputs: Inputs) -> tuple[Tensor, ...]:
         return runner(ways(name, inputs, backward)[way], inputs, backward)()
 
-    inputs = make_inputs(case, DTYPES[dtype], "cpu", 0)
+    inputs = make_inputs(case, DTYPES[dtype], device, 0)
     if way == "compiled":  # the compiler's own memory is not the attention's: count a later call
         call = runner(ways(name, inputs, backward)[way], inputs, backward)
         call()
-        return peak_growth(call)
+        return growth(call)
     small = Case(**{**asdict(case), "B": 1, "M": min(case.M, 64), "N": min(case.N, 64)})
-    once(make_inputs(small, DTYPES[dtype], "cpu", 0))
-    return peak_growth(lambda: once(inputs))
+    once(make_inputs(small, DTYPES[dtype], device, 0))
+    return growth(lambda: once(inputs))

@@ -50,10 +50,21 @@ class Inputs:
         return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Inputs:
-    """Standard normal query, key, value and incoming gradients, and the options that the case names."""
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: str | torch.device | None = None, seed: int = 0
+) -> Inputs:
+    """Standard normal query, key, value and incoming gradients, and the options that the case names.
 
+    All is drawn on the CPU, so that it is the same on every ``device``; None is torch's default device.
+    """
+    device = torch.get_default_device() if device is None else device
+    with torch.device("cpu"):
+        return _make_inputs(case, dtype, device, torch.Generator().manual_seed(seed), seed)
+
+
+def _make_inputs(
+    case: Case, dtype: torch.dtype, device: str | torch.device, generator: torch.Generator, seed: int
+) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 

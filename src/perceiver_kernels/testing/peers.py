@@ -1,4 +1,4 @@
-"""The same attention done by torch alone: what a user has without this package, at its best, to compare with.
+"""The same attention without this package: torch and flash-attn at their best, to compare with.
 
 Each peer returns one or more ways to compute it; the benchmark times them all briefly and keeps the fastest.
 Masks are built here, once, outside what is timed: a model would share them between its layers.
@@ -7,6 +7,9 @@ Masks are built here, once, outside what is timed: a model would share them betw
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from perceiver_kernels.reference import visible
 from perceiver_kernels.spec import AttentionSpec
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+SDPA_KERNELS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 
 class Unsupported(ValueError):
@@ -54,16 +58,21 @@ def torch_eager(
 def torch_sdpa(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool
 ) -> dict[str, Attend]:
-    """`scaled_dot_product_attention`: bool and float mask, grouped heads passed as such and repeated."""
+    """`scaled_dot_product_attention`: bool and float mask, grouped heads passed as such and repeated.
+
+    On a GPU also torch's own lower-right causal bias, and each of torch's kernels by name.
+    """
     if spec.is_packed or spec.dropout_p or spec.softcap:
         raise Unsupported("torch's SDPA has no packed sequences, no softcap and other dropout bits")
     mask, group = _mask(query, key, spec), query.shape[1] // key.shape[1]
-    masks: dict[str, Tensor | None] = {"no mask": None}
+    masks: dict[str, Any] = {"no mask": None}
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
         masks = {"bool mask": mask, "float mask": bias}
+        if mask.all():  # one query sees all the keys before it
+            masks |= {"no mask": None}
 
-    def attention(mask: Tensor | None, is_causal: bool, repeat: bool) -> Attend:
+    def attention(mask: Any, is_causal: bool, repeat: bool) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if repeat:
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -86,7 +95,39 @@ def torch_sdpa(
         spec.is_causal and square and spec.key_mask is None
     ):  # the one case where torch's top-left flag means the same
         ways |= {"is_causal" + h: attention(None, True, repeat) for h, repeat in heads.items()}
-    return ways
+    if query.device.type == "cpu":
+        return ways
+    by_kernel = {
+        f"{w}, {kernel.lower()}": _with_kernel(kernel, ways[w]) for kernel in SDPA_KERNELS for w in ways
+    }
+    if _is_lower_right(query, key, spec):  # no mask in memory; torch's other kernels would write one out
+        from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler: a second
+
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+        by_kernel |= {
+            f"lower-right bias{h}, {kernel.lower()}": _with_kernel(kernel, attention(bias, False, repeat))
+            for h, repeat in heads.items()
+            for kernel in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION")
+        }
+    return by_kernel
+
+
+def _with_kernel(kernel: str, attend: Attend) -> Attend:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def by_one_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.__members__[kernel]):
+            return attend(q, k, v)
+
+    return by_one_kernel
+
+
+def _is_lower_right(query: Tensor, key: Tensor, spec: AttentionSpec) -> bool:
+    """Whether the visibility is plainly causal from the bottom right, with a key for every query."""
+    offset = key.shape[2] - query.shape[2]
+    return (
+        spec.is_causal and spec.q_offset == offset >= 0 and spec.q_offsets is None and spec.key_mask is None
+    )
 
 
 def torch_flex(
@@ -115,6 +156,7 @@ def torch_flex(
     blocks = (
         create_block_mask(seen, None, None, queries, keys, device=query.device) if spec.is_causal else None
     )
+    torch.compiler.reset()  # or the eighth problem of a process would run uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = query.shape[1] != key.shape[1]
 
@@ -124,8 +166,35 @@ def torch_flex(
     return {"compiled": attend}
 
 
+def flash_attn(
+    module: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool
+) -> dict[str, Attend]:
+    """Dao's flash-attn: `module` is "flash_attn" (FlashAttention-2) or "flash_attn_interface" (3)."""
+    if spec.is_packed or spec.dropout_p or spec.softcap:
+        raise Unsupported("the flash-attn peer covers a plain causal or full mask only")
+    if (spec.is_causal and not _is_lower_right(query, key, spec)) or spec.key_mask is not None:
+        raise Unsupported("flash-attn is causal from the bottom right alone, and has no key mask")
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise Unsupported("flash-attn takes float16 and bfloat16 alone")
+    try:
+        attention = import_module(module).flash_attn_func
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unsupported(f"the Python module {module} is not installed: {error}") from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.transpose(1, 2) for x in (q, k, v))  # it has heads after positions
+        result = attention(*rows, causal=spec.is_causal, softmax_scale=spec.scale)
+        out: Tensor = result[0] if isinstance(result, tuple) else result  # some versions add the lse
+        return out.transpose(1, 2)
+
+    return {"": attend}
+
+
 PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionSpec, bool], dict[str, Attend]]] = {
     "torch-eager": torch_eager,
     "torch-sdpa": torch_sdpa,
     "torch-flex": torch_flex,
+    "flash-attn": partial(flash_attn, "flash_attn"),
+    "flash-attn-3": partial(flash_attn, "flash_attn_interface"),
 }
+GPU_PEERS = ("flash-attn", "flash-attn-3")

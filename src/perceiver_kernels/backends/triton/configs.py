@@ -20,8 +20,16 @@ SHORT_ROWS = 16  # up to so many packed rows a program has nothing but these, an
 
 
 def padded(dim: int) -> int:
-    """The power of two, at least 16, that a head dim is padded to on chip."""
+    """The power of two, at least 16, that holds ``dim``."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def head_parts(dim: int) -> tuple[int, int]:
+    """The one or two powers of two (0 for none) in which a head dim lies on chip: 64 + 0, 64 + 32, 64 + 64."""
+    whole = padded(dim)
+    if whole == 16 or whole <= 64 and dim > whole * 3 // 4:
+        return whole, 0
+    return whole // 2, padded(dim - whole // 2)
 
 
 def forward_config(rows: int, head_dim: int, itemsize: int, arch: str) -> Config:

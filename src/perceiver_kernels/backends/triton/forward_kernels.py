@@ -13,12 +13,18 @@ import triton.language as tl
 from perceiver_kernels.backends.triton.primitives import (
     LN2,
     VARYING,
+    add_weighted,
+    dot_rows,
     kept,
     load_rows,
     offset_of,
+    plus,
     score,
     sequence,
+    store_rows,
+    times,
     visible,
+    zero_rows,
 )
 
 
@@ -28,8 +34,8 @@ def attention_forward(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_os, stride_ob, stride_oh, stride_om, stride_ls, stride_lb, stride_lh,
     row_blocks, kv_heads, queries, keys, q_offset, split_blocks, scale, exponent, softcap, threshold, keep_factor,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV0: tl.constexpr,
+    DV1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr,
     IS_NEGATIVE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,66 +62,71 @@ def attention_forward(
     o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_i, o_g = o_r // GROUP, i_h * GROUP + o_r % GROUP
     m_r = o_i < queries
-    # [BLOCK_D], [BLOCK_DV]
-    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     p_q += i_b * stride_qb + first_q * stride_qm
-    # [BLOCK_M, BLOCK_D]
-    b_q = load_rows(p_q + o_g * stride_qh + o_i.to(tl.int64) * stride_qm, m_r, o_d, D, True)
+    # [BLOCK_M, D]
+    b_q = load_rows(p_q + o_g * stride_qh + o_i.to(tl.int64) * stride_qm, m_r, D, D0, D1, True)
     if IS_NEGATIVE:  # the maximum is taken before the scale, whose sign goes into q
-        b_q = -b_q
+        b_q = times(b_q, -1.0, D1)
+    # [BLOCK_N]
+    o_j = tl.arange(0, BLOCK_N).to(tl.int64)
     p_k += i_b * stride_kb + i_h * stride_kh + first_k * stride_kn
     p_v += i_b * stride_vb + i_h * stride_vh + first_k * stride_vn
+    p_k, p_v = p_k + o_j * stride_kn, p_v + o_j * stride_vn
     if HAS_KEY_MASK:
         p_key_mask += first_k + (0 if IS_PACKED else i_b * keys)
 
-    # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_DV]
+    # [BLOCK_M], [BLOCK_M, LANES], [BLOCK_M, DV]: the sums of a row's lanes meet after the loop
+    LANES: tl.constexpr = 8
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    b_sum = tl.zeros((BLOCK_M, LANES), tl.float32)
+    b_out = zero_rows(BLOCK_M, DV0, DV1)
     # Two loops over one body: only the blocks at the diagonal and at the end carry mask code.
     for start_n in range(start, full, BLOCK_N):
         b_max, b_sum, b_out = attend_block(
             b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
-            o_d, o_dv, q_offset, seen_by_any, scale, exponent, softcap, threshold, D, DV, BLOCK_N, False,
-            IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            q_offset, seen_by_any, scale, exponent, softcap, threshold, D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N,
+            LANES, False, IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     for start_n in range(tl.maximum(start, full), stop, BLOCK_N):
         b_max, b_sum, b_out = attend_block(
             b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
-            o_d, o_dv, q_offset, seen_by_any, scale, exponent, softcap, threshold, D, DV, BLOCK_N, True,
-            IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            q_offset, seen_by_any, scale, exponent, softcap, threshold, D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N,
+            LANES, True, IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
+    b_sum = tl.sum(b_sum, 1)
     m_dead = b_sum == 0.0
     b_sum = tl.where(m_dead, 1.0, b_sum)
-    b_out = b_out * (keep_factor / b_sum)[:, None]
+    b_out = times(b_out, (keep_factor / b_sum)[:, None], DV1)
     b_lse = tl.where(m_dead, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
     p_out += i_s.to(tl.int64) * stride_os + i_b * stride_ob + first_q * stride_om
-    p_out = p_out + (o_g * stride_oh + o_i.to(tl.int64) * stride_om)[:, None] + o_dv[None, :]
-    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_r[:, None] & (o_dv < DV)[None, :])
+    store_rows(p_out + o_g * stride_oh + o_i.to(tl.int64) * stride_om, b_out, m_r, DV, DV0, DV1)
     p_lse += i_s.to(tl.int64) * stride_ls + i_b * stride_lb + first_q
     tl.store(p_lse + o_g * stride_lh + o_i, b_lse, mask=m_r)
 
 
 @triton.jit
 def attend_block(
-    b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i, o_d, o_dv,
-    q_offset, seen_by_any, scale, exponent, softcap, threshold,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i, q_offset,
+    seen_by_any, scale, exponent, softcap, threshold,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, IS_EDGE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax. Keys that nobody sees count as zero: they may hold anything."""
+    IS_MASKED: tl.constexpr = IS_EDGE or HAS_KEY_MASK
     # [BLOCK_N]
     o_n = start_n + tl.arange(0, BLOCK_N)
     m_n = o_n < seen_by_any
     if HAS_KEY_MASK:
         m_n = m_n & (tl.load(p_key_mask + o_n, mask=m_n, other=0) != 0)
-    # [BLOCK_N, BLOCK_D]
-    b_k = load_rows(p_k + o_n.to(tl.int64) * stride_kn, m_n, o_d, D, IS_EDGE or HAS_KEY_MASK)
+    # [BLOCK_N, D]
+    b_k = load_rows(p_k + tl.cast(start_n, tl.int64) * stride_kn, m_n, D, D0, D1, IS_MASKED)
     # [BLOCK_M, BLOCK_N]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_s = score(b_s, scale, softcap, b_q.dtype == tl.float32, HAS_SOFTCAP)
-    if IS_EDGE or HAS_KEY_MASK:
+    b_s = dot_rows(b_q, b_k, D1, PRECISION)
+    b_s = score(b_s, scale, softcap, b_q[0].dtype == tl.float32, HAS_SOFTCAP)
+    if IS_MASKED:
         m_s = m_n[None, :]
         if IS_EDGE and IS_CAUSAL:
             m_s = m_s & visible(o_i[:, None], o_n[None, :], q_offset)
@@ -124,23 +135,22 @@ def attend_block(
     # [BLOCK_M]
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * exponent)
     b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+    b_decay = tl.exp2(b_max - b_shift)[:, None]
     # [BLOCK_M, BLOCK_N]
     b_p = tl.exp2(b_s * exponent - b_shift[:, None])
-    b_decay = tl.exp2(b_max - b_shift)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_sum = b_sum * b_decay + tl.sum(tl.reshape(b_p, (BLOCK_M, BLOCK_N // LANES, LANES)), 1)
     if HAS_DROPOUT:
         b_p = tl.where(kept(p_seed, i_b, o_g[:, None], o_i[:, None], o_n[None, :], threshold), b_p, 0.0)
-    # [BLOCK_N, BLOCK_DV]
-    b_v = load_rows(p_v + o_n.to(tl.int64) * stride_vn, m_n, o_dv, DV, IS_EDGE or HAS_KEY_MASK)
-    # [BLOCK_M, BLOCK_DV]
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision=PRECISION)
+    # [BLOCK_N, DV]
+    b_v = load_rows(p_v + tl.cast(start_n, tl.int64) * stride_vn, m_n, DV, DV0, DV1, IS_MASKED)
+    b_out = add_weighted(times(b_out, b_decay, DV1), b_p, b_v, DV1, PRECISION)
     return b_new_max, b_sum, b_out
 
 
 @triton.jit(do_not_specialize=VARYING)
 def combine_splits(
     p_parts, p_part_lses, p_out, p_lse, stride_ob, stride_oh, stride_om, row_blocks, heads, queries, splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Merge partial results over disjoint keys, in the order of the splits.
 
@@ -148,31 +158,28 @@ def combine_splits(
     come with lse -inf and weigh nothing.
     """
     i_m, i_bh = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
-    # [BLOCK_M], [BLOCK_DV]
-    o_i, o_dv = i_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    # [BLOCK_M]
+    o_i = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_i = o_i < queries
-    m_out = m_i[:, None] & (o_dv < DV)[None, :]
     split_rows = (tl.num_programs(0) // row_blocks).to(tl.int64) * queries
     p_part_lses += i_bh * queries + o_i
-    p_parts = p_parts + (i_bh * queries + o_i)[:, None] * DV + o_dv[None, :]
+    p_parts = p_parts + (i_bh * queries + o_i) * DV
 
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for i_s in range(splits):
         b_max = tl.maximum(b_max, tl.load(p_part_lses + i_s * split_rows, mask=m_i, other=float("-inf")))
     b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    # [BLOCK_M, BLOCK_DV]
-    b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    # [BLOCK_M, DV]
+    b_out = zero_rows(BLOCK_M, DV0, DV1)
     for i_s in range(splits):
         b_weight = tl.exp(tl.load(p_part_lses + i_s * split_rows, mask=m_i, other=float("-inf")) - b_shift)
         b_sum += b_weight
-        b_out += b_weight[:, None] * tl.load(p_parts + i_s * split_rows * DV, mask=m_out, other=0.0)
+        b_part = load_rows(p_parts + i_s * split_rows * DV, m_i, DV, DV0, DV1, True)
+        b_out = plus(b_out, times(b_part, b_weight[:, None], DV1), DV1)
     m_dead = b_sum == 0.0
     b_sum = tl.where(m_dead, 1.0, b_sum)
-    b_out = b_out / b_sum[:, None]
     b_lse = tl.where(m_dead, float("-inf"), b_max + tl.log(b_sum))
     p_out += (i_bh // heads) * stride_ob + (i_bh % heads) * stride_oh
-    tl.store(
-        p_out + o_i.to(tl.int64)[:, None] * stride_om + o_dv[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out
-    )
+    store_rows(p_out + o_i.to(tl.int64) * stride_om, times(b_out, 1.0 / b_sum[:, None], DV1), m_i, DV, DV0, DV1)
     tl.store(p_lse + i_bh * queries + o_i, b_lse, mask=m_i)

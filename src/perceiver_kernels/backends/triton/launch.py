@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
-from perceiver_kernels.backends.triton.configs import Config, padded, parts
+from perceiver_kernels.backends.triton.configs import Config, head_parts, parts
 from perceiver_kernels.spec import MAX_FACTOR, AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
+_ROWS, _COLUMNS = 32, 32  # tile of the kernels that only read, add and write
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler. Multiplications and additions fuse: the exponent's argument counts on it."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         if math.prod(self.grid):
-            self.kernel[self.grid](
-                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +113,8 @@ def _score_constants(problem: Problem, config: Config) -> dict[str, Any]:
         "GROUP": problem.group,
         "D": problem.D,
         "DV": problem.DV,
-        "BLOCK_D": padded(problem.D),
-        "BLOCK_DV": padded(problem.DV),
+        **_head_parts("D", problem.D),
+        **_head_parts("DV", problem.DV),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "IS_CAUSAL": spec.is_causal,
@@ -121,6 +125,10 @@ def _score_constants(problem: Problem, config: Config) -> dict[str, Any]:
         "HAS_DROPOUT": spec.dropout_seed is not None,
         "PRECISION": _precision(problem.dtype),
     }
+
+
+def _head_parts(name: str, dim: int) -> dict[str, int]:
+    return dict(zip((f"{name}0", f"{name}1"), head_parts(dim), strict=True))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -169,11 +177,10 @@ def forward_launches(
     )
     if splits > 1:
         heads, queries = (problem.H, lse.shape[-1])
-        block = max(1, min(16, 4096 // padded(problem.DV)))
-        blocks = -(-queries // block)
+        blocks = -(-queries // _ROWS)
         arguments = {"p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse, **row_strides("om", out),
                      "row_blocks": blocks, "heads": heads, "queries": queries, "splits": splits}  # fmt: skip
-        constants = {"DV": problem.DV, "BLOCK_DV": padded(problem.DV), "BLOCK_M": block}
+        constants = {"DV": problem.DV, **_head_parts("DV", problem.DV), "BLOCK_M": _ROWS}
         yield Launch(forward_kernels.combine_splits, (blocks * math.prod(lse.shape[:-1]), 1), arguments, constants)
 
 
@@ -199,8 +206,7 @@ def backward_launches(
     dq, dk, dv = gradients
     delta = torch.empty_like(lse)
     heads, queries = lse.shape[-2:]
-    block = max(1, min(16, 4096 // padded(problem.DV)))
-    blocks = -(-queries // block)
+    blocks = -(-queries // _ROWS)
     yield Launch(
         backward_kernels.attention_delta,
         (blocks * math.prod(lse.shape[:-1]), 1),
@@ -210,7 +216,7 @@ def backward_launches(
             **_dlse_strides(lse if dlse is None else dlse),
             "row_blocks": blocks, "heads": heads, "queries": queries,
         },
-        {"DV": problem.DV, "BLOCK_DV": padded(problem.DV), "BLOCK_M": block, "HAS_DLSE": dlse is not None},
+        {"DV": problem.DV, **_head_parts("DV", problem.DV), "BLOCK_M": _ROWS, "HAS_DLSE": dlse is not None},
     )  # fmt: skip
 
     key_blocks = -(-problem.N // config.block_n)
@@ -218,7 +224,11 @@ def backward_launches(
     most = max(1, min(key_blocks, SLAB_BYTES // max(slab_bytes, 1)))
     runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, slots), most)
     run_blocks = max(1, -(-key_blocks // runs))
-    slabs = lse.new_empty((runs, *lse.shape, problem.D), dtype=torch.float32)
+    slabs = lse.new_empty((runs, lse.numel() * problem.D), dtype=torch.float32)
+    per_head = queries * problem.group * problem.D
+    slab_strides = {
+        "stride_sr": slabs.stride(0), "stride_sb": 0 if spec.is_packed else per_head * problem.Hkv, "stride_sh": per_head,
+    }  # fmt: skip
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
     scores = _score_arguments(problem)
     yield Launch(
@@ -229,7 +239,7 @@ def backward_launches(
             "p_slabs": slabs, "p_dk": dk, "p_dv": dv,
             **row_strides("qm", query), **row_strides("kn", key), **row_strides("vn", value),
             **row_strides("gm", dout), **row_strides("dkn", dk), **row_strides("dvn", dv), **lse_strides(lse),
-            "stride_ss": slabs.stride(0), "runs": runs, "run_blocks": run_blocks, "scale": spec.scale,
+            **slab_strides, "runs": runs, "run_blocks": run_blocks, "scale": spec.scale,
             "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
             **scores,
         },
@@ -237,19 +247,17 @@ def backward_launches(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    block = max(1, min(16, 4096 // padded(problem.D)))
-    blocks = -(-problem.M // block)
-    shared = ("p_offsets", "p_cu_q", "p_cu_k", "queries", "keys", "q_offset")
+    blocks = -(-problem.rows // _ROWS)
+    shared = ("p_offsets", "p_cu_q", "p_cu_k", "kv_heads", "queries", "keys", "q_offset")
     yield Launch(
         backward_kernels.reduce_slabs,
-        (blocks * problem.B * problem.H, 1),
+        (blocks * problem.B * problem.Hkv, -(-problem.D // _COLUMNS)),
         {
-            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **lse_strides(lse), "stride_ss": slabs.stride(0),
-            "row_blocks": blocks, "heads": problem.H, "runs": runs, "run_keys": run_blocks * config.block_n,
-            "scale": spec.scale, **{name: scores[name] for name in shared},
+            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **slab_strides, "row_blocks": blocks, "runs": runs,
+            "run_keys": run_blocks * config.block_n, "scale": spec.scale, **{name: scores[name] for name in shared},
         },
-        {"D": problem.D, "BLOCK_D": padded(problem.D), "BLOCK_M": block, "IS_CAUSAL": spec.is_causal,
-         "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
+        {"GROUP": problem.group, "D": problem.D, "BLOCK_D": _COLUMNS, "BLOCK_M": _ROWS,
+         "IS_CAUSAL": spec.is_causal, "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The verbs that the kernels are written in: places, visibility, scores, dropout.
+"""The verbs that the kernels are written in: places, rows, products, scores, dropout.
 
 Prefixes say where a value lives: ``i_`` program index, ``o_`` offsets, ``p_`` pointer, ``m_`` mask, ``b_`` on-chip
 block, whose shape stands on the line above it. Addresses are 64-bit.
@@ -44,15 +44,93 @@ def visible(o_i, o_j, q_offset):
     return o_j <= q_offset + o_i
 
 
+# A head dim lies on chip as one or two blocks, powers of two: 64, 64 + 64, 64 + 32. Two shorten what is live at once,
+# and waste less than padding to one. A (rows, D) block is a tuple of these parts.
+
+
 @triton.jit
-def load_rows(p_rows, m_rows, o_d, D: tl.constexpr, IS_MASKED: tl.constexpr):
-    """(rows, BLOCK_D) with zeros past the head dim and, where masked, in the rows that ``m_rows`` hides."""
+def load_rows(p_rows, m_rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, IS_MASKED: tl.constexpr):
+    """(rows, D0), (rows, D1): zeros past the head dim and, where masked, in the rows that ``m_rows`` hides."""
+    if D1 == 0:
+        return (load_part(p_rows, m_rows, 0, D, D0, IS_MASKED),)
+    else:
+        return (load_part(p_rows, m_rows, 0, D, D0, IS_MASKED), load_part(p_rows, m_rows, D0, D, D1, IS_MASKED))
+
+
+@triton.jit
+def load_part(p_rows, m_rows, FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_MASKED: tl.constexpr):
+    o_d = FIRST + tl.arange(0, SIZE)
     p = p_rows[:, None] + o_d[None, :]
     if IS_MASKED:
-        return tl.load(p, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
-    if D == o_d.shape[0]:
+        if FIRST + SIZE > D:
+            return tl.load(p, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
+        else:
+            return tl.load(p, mask=m_rows[:, None], other=0.0)
+    elif FIRST + SIZE > D:
+        return tl.load(p, mask=(o_d < D)[None, :], other=0.0)
+    else:
         return tl.load(p)
-    return tl.load(p, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p_rows, b_rows, m_rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    store_part(p_rows, b_rows[0], m_rows, 0, D, D0)
+    if D1 > 0:
+        store_part(p_rows, b_rows[1], m_rows, D0, D, D1)
+
+
+@triton.jit
+def store_part(p_rows, b_part, m_rows, FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr):
+    o_d = FIRST + tl.arange(0, SIZE)
+    p = p_rows[:, None] + o_d[None, :]
+    tl.store(p, b_part.to(p.dtype.element_ty), mask=m_rows[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    if D1 == 0:
+        return (tl.zeros((ROWS, D0), tl.float32),)
+    else:
+        return (tl.zeros((ROWS, D0), tl.float32), tl.zeros((ROWS, D1), tl.float32))
+
+
+@triton.jit
+def times(b_rows, factor, D1: tl.constexpr):
+    """Rows times a factor that broadcasts."""
+    if D1 == 0:
+        return (b_rows[0] * factor,)
+    else:
+        return (b_rows[0] * factor, b_rows[1] * factor)
+
+
+@triton.jit
+def plus(b_a, b_b, D1: tl.constexpr):
+    if D1 == 0:
+        return (b_a[0] + b_b[0],)
+    else:
+        return (b_a[0] + b_b[0], b_a[1] + b_b[1])
+
+
+@triton.jit
+def dot_rows(b_a, b_b, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b^T: each row of a with each row of b."""
+    b_s = tl.dot(b_a[0], tl.trans(b_b[0]), input_precision=PRECISION)
+    if D1 > 0:
+        b_s = tl.dot(b_a[1], tl.trans(b_b[1]), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def add_weighted(b_sum, b_weights, b_rows, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """sum + weights @ rows."""
+    b_weights = b_weights.to(b_rows[0].dtype)
+    if D1 == 0:
+        return (tl.dot(b_weights, b_rows[0], b_sum[0], input_precision=PRECISION),)
+    else:
+        return (
+            tl.dot(b_weights, b_rows[0], b_sum[0], input_precision=PRECISION),
+            tl.dot(b_weights, b_rows[1], b_sum[1], input_precision=PRECISION),
+        )
 
 
 @triton.jit

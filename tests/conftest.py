@@ -63,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
             ):
                 config.addinivalue_line("filterwarnings", f"ignore:{notice}:UserWarning")  # torch's kernels
     except (RuntimeError, AssertionError) as error:
-        raise pytest.UsageError(f"--device {config.getoption('--device')}: {error}") from error
+        raise pytest.UsageError(f"--device {config.getoption('--device')}: {str(error).splitlines()[0]}") from error
     usable = pk.available_backends(DEVICE)
     wanted = config.getoption("--backends")
     for name in wanted.split(",") if wanted else ():

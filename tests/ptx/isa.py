@@ -153,15 +153,15 @@ def _ufunc(fn: np.ufunc, dst: Array, srcs: tuple[Array, ...]) -> Body:
 
         def body(mask: Mask) -> None:
             if mask is None:
-                fn(a, b, dst)
+                fn(a, b, out=dst)
             else:
-                fn(a, b, dst, where=mask[:, None] if wide else mask)
+                fn(a, b, out=dst, where=mask[:, None] if wide else mask)
     else:
 
         def body(mask: Mask) -> None:
             if mask is None:
-                fn(*srcs, dst)
+                fn(*srcs, out=dst)
             else:
-                fn(*srcs, dst, where=mask[:, None] if wide else mask)
+                fn(*srcs, out=dst, where=mask[:, None] if wide else mask)
 
     return body

@@ -132,9 +132,7 @@ def _bar(b: Build) -> Body:
             wave.whole_warps(mask, instr, "barrier")
         name = ident(mask)
         expected = count(mask) if count else None
-        if expected == wave.lanes.threads:
-            expected = None if what == "sync" else expected
-        if what == "sync" and expected is None and complete(wave, mask, name):
+        if what == "sync" and expected in (None, wave.lanes.threads) and complete(wave, mask, name):
             wave.order.block_barrier(slice(None) if mask is None else np.flatnonzero(mask))
             return None
         lanes = wave.all if mask is None else np.flatnonzero(mask)

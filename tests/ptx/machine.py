@@ -303,10 +303,10 @@ def _scalar(arg: Any, param: Variable) -> bytes:
         return bytes(param.size)
     if isinstance(arg, bytes):
         return arg
-    if isinstance(arg, np.generic):
-        return arg.tobytes()
-    if isinstance(arg, float):
-        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[param.size], arg)
+    if param.kind.startswith("f") or isinstance(arg, float | np.floating):
+        if param.kind.startswith(("u", "s")):
+            raise ValueError(f"parameter {param.name} is .{param.kind}, the argument {arg!r}")
+        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[param.size], float(arg))
     return (int(arg) & ((1 << 8 * param.size) - 1)).to_bytes(param.size, "little")
 
 

@@ -99,6 +99,7 @@ class Variable:
     align: int
     init: bytes | None = None
     links: list[tuple[int, str, int]] = field(default_factory=list)  # (offset, symbol, addend) to patch in
+    kind: str = ""  # its scalar type
 
 
 @dataclass
@@ -216,7 +217,7 @@ class _Parser:
 
     def variable(self) -> list[Variable]:
         space = self.next()[1:]
-        align, size, kind, found = 0, 0, "", []
+        align, size, vector, kind, found = 0, 0, 1, "", []
         while self.text.startswith("."):
             word = self.next()[1:]
             if word == "align":
@@ -226,9 +227,9 @@ class _Parser:
                     if self.next() == ".align":
                         self.next()
             elif word in ("v2", "v4"):
-                kind = word
-            elif word in SIZES or word == "pred":
-                size = SIZES[word] * (int(kind[1]) if kind else 1)
+                vector = int(word[1])
+            elif word in SIZES:
+                size, kind = SIZES[word] * vector, word
             elif word != "attribute":
                 raise Unsupported(f"PTX line {self.line}: .{word} in a declaration")
         while True:
@@ -236,7 +237,7 @@ class _Parser:
             while self.accept("["):
                 count *= 0 if self.text == "]" else _int(self.next())
                 self.expect("]")
-            variable = Variable(name, space, size * count, align or size)
+            variable = Variable(name, space, size * count, align or size, kind=kind)
             if self.accept("="):
                 self.initialiser(variable, size)
             found.append(variable)

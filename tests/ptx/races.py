@@ -72,28 +72,20 @@ class Order:
         self.lane_clock[lanes] = np.where(rows, self.now, self.lane_clock[lanes])
         self.now += 1
 
-    def ordered(self, lane: int, stamp: int) -> bool:
-        """Does the access with this stamp come before what `lane` does now? Asked only when no block barrier says so."""
-        time, who = stamp >> 32, stamp & int(WHO)
-        if not self.partial or who & int(MANY | PENDING):
-            return False
+    def ordered(self, lanes: Array, stamps: Array) -> Array:
+        """Do accesses with these stamps come before what the lanes do now, by barriers of warps or within them?"""
+        if not self.partial:
+            return np.zeros(len(lanes), np.bool_)
         threads = self.lanes.threads
-        mine = int(self.id[lane])
-        if who & int(WARP):
-            # Readers of one warp: the id is that of a lane of it.
-            other = who & int(ID)
-            if other // threads != mine // threads:
-                return False
-            warp = other % threads // 32
-            if warp == mine % threads // 32:
-                return time <= int(self.lane_clock[lane].min())
-            return time <= int(self.warp_clock[lane, warp])
-        other = who & int(ID)
-        if other // threads != mine // threads:
-            return False
-        if other % threads // 32 == mine % threads // 32:
-            return time <= int(self.lane_clock[lane, other % threads % 32])
-        return time <= int(self.warp_clock[lane, other % threads // 32])
+        mine, time, other = self.id[lanes], stamps >> SHIFT, stamps & ID
+        known = (stamps & (MANY | PENDING) == 0) & (other // threads == mine // threads)
+        other_thread = np.where(known, other % threads, 0)
+        warp = other_thread // 32
+        same_warp = warp == mine % threads // 32
+        # Of several readers of one warp only the warp is known: all its lanes must be in order.
+        of_lane = self.lane_clock[lanes, other_thread % 32]
+        of_lane = np.where(stamps & WARP != 0, self.lane_clock[lanes].min(1), of_lane)
+        return known & (time <= np.where(same_warp, of_lane, self.warp_clock[lanes, warp]))
 
 
 class Shadow:
@@ -122,15 +114,17 @@ class Shadow:
             stamp |= STRONG
         old = self.read_by.take(at)
         self.read_by[at] = stamp
-        recent = self.recent(old, me, since)
+        recent = self.recent(lanes, old, me, since)
         shared = recent & ((old & WHO) != (stamp & WHO)) | (self.read_by.take(at) != stamp)
         if shared.any():
             self.mark_many(lanes[shared], at[shared], old[shared], recent[shared])
         order.now += 1
 
-    def recent(self, old: Array, me: Array, since: Array) -> Array:
+    def recent(self, lanes: Array, old: Array, me: Array, since: Array) -> Array:
         """Accesses that nothing has ordered before now; those of other blocks never are."""
         recent = old > since
+        if self.order.partial and recent.any():
+            recent &= ~self.order.ordered(lanes, old)
         if self.across:
             threads = self.order.lanes.threads
             recent |= (old != 0) & ((old & ID) // threads != me // threads)
@@ -212,10 +206,10 @@ class Shadow:
         if self.across:  # within a block, barriers do order global accesses
             same = (stamps & ID) // threads == order.id[lanes] // threads
             bad &= ~same | (stamps > order.since[lanes])
-        for i in np.flatnonzero(bad):
+        if order.partial and bad.any():
+            bad &= ~order.ordered(lanes, stamps)
+        for i in np.flatnonzero(bad)[:1]:
             lane, stamp = int(lanes[i]), int(stamps[i])
-            if order.ordered(lane, stamp):
-                continue
             who = stamp & int(ID)
             if stamp & int(PENDING):
                 mine = who == int(order.id[lane])
@@ -226,4 +220,3 @@ class Shadow:
             else:
                 whose = f"thread {who % threads}" if not stamp & int(WARP | MANY) else "other threads"
                 report("race", f"{does} {whose} {did} with no barrier between", lane, int(at[i]))
-            return

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from perceiver_kernels.backends.triton.primitives import (
     LN2,
+    LOWEST,
     VARYING,
     add_weighted,
     dot_rows,
@@ -77,7 +78,7 @@ def attention_forward(
 
     # [BLOCK_M], [BLOCK_M, LANES], [BLOCK_M, DV]: the sums of a row's lanes meet after the loop
     LANES: tl.constexpr = 8
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_M, LANES), tl.float32)
     b_out = zero_rows(BLOCK_M, DV0, DV1)
     # Two loops over one body: only the blocks at the diagonal and at the end carry mask code.
@@ -134,10 +135,9 @@ def attend_block(
 
     # [BLOCK_M]
     b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * exponent)
-    b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-    b_decay = tl.exp2(b_max - b_shift)[:, None]
+    b_decay = tl.exp2(b_max - b_new_max)[:, None]
     # [BLOCK_M, BLOCK_N]
-    b_p = tl.exp2(b_s * exponent - b_shift[:, None])
+    b_p = tl.exp2(b_s * exponent - b_new_max[:, None])
     b_sum = b_sum * b_decay + tl.sum(tl.reshape(b_p, (BLOCK_M, BLOCK_N // LANES, LANES)), 1)
     if HAS_DROPOUT:
         b_p = tl.where(kept(p_seed, i_b, o_g[:, None], o_i[:, None], o_n[None, :], threshold), b_p, 0.0)

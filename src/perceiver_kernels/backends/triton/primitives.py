@@ -11,6 +11,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e38)  # where a row's maximum starts: finite, so that no -inf meets another
 
 VARYING = [
     "row_blocks", "heads", "kv_heads", "queries", "keys", "q_offset", "splits", "split_blocks", "runs", "run_blocks",

@@ -1,0 +1,1 @@
+"""Kernels for the machine to run: CUDA C++ and Triton."""

@@ -1,0 +1,129 @@
+"""Whole kernels, as the compilers emit them, against plain numpy: right values and not one finding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptx.floats import bf16_to_f32, f32_to_bf16
+from ptx.lanes import Array
+from ptx.machine import empty, launch
+from ptx.nvcc_ptx import NVCC, SAMPLES, compile_cuda
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+
+
+def ptx_of(name: str) -> str:
+    return compile_cuda(SAMPLES / f"{name}.cu")
+
+
+@needs_nvcc
+def test_weighted_sum() -> None:
+    x = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
+    out = np.zeros(1, np.float32)
+    launch(ptx_of("reduce"), "weighted_sum", 3, 256, [x, out, len(x)], shared=1024)
+    want = (x * np.array([1, 2, 3, 4], np.float32)[np.arange(3000) % 4]).sum(dtype=np.float64)
+    assert out[0] == pytest.approx(want, rel=1e-5)
+
+
+@needs_nvcc
+def test_tree_with_warp_barriers() -> None:
+    x = np.random.default_rng(1).standard_normal((5, 128)).astype(np.float32)
+    out = empty(5, np.float32)
+    launch(ptx_of("reduce"), "tree_sum", 5, 128, [x, out])
+    np.testing.assert_allclose(out.array, x.sum(1, dtype=np.float64), rtol=1e-4, atol=1e-5)
+
+
+@needs_nvcc
+def test_named_barriers_of_producers_and_consumers() -> None:
+    x = np.random.default_rng(2).standard_normal((6, 64)).astype(np.float32)
+    out = empty((6, 64), np.float32)
+    launch(ptx_of("reduce"), "produce_consume", 1, 128, [x, out, 6])
+    np.testing.assert_array_equal(out.array, 2 * x[:, ::-1])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 11])
+def test_maths_library(n: int) -> None:
+    """sin of large doubles takes calls, local arrays, carries and 64-bit divisions."""
+    d = np.random.default_rng(3).standard_normal(64) * 1000
+    d[5] = 1e200
+    start, m = d.copy(), 12345678901
+    f = empty(64, np.float32)
+    launch(ptx_of("reduce"), "maths", 1, 64, [d, f, np.array([3], np.int32), n, m])
+    want = np.sin(start) * n / m + m % n + m.bit_count() + (32 - n.bit_length()) + (n & -n).bit_length()
+    want += int(f"{n:032b}"[::-1], 2)
+    cases = {
+        1: np.exp(-np.abs(want)),
+        2: want + 3,
+        3: want * 7,
+        4: np.sqrt(np.abs(want)),
+        5: np.log1p(np.abs(want)),
+    }
+    np.testing.assert_allclose(d, cases.get(n, want), rtol=1e-14)
+    small = np.abs(start) < 1e30
+    np.testing.assert_allclose(f.array[small], np.sin(start[small].astype(np.float32)) ** 2 + 3, rtol=1e-6)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(64, 32, 32), (100, 70, 96)])
+def test_matmul(name: str, rows: int, columns: int, depth: int) -> None:
+    rng = np.random.default_rng(4)
+    a, b = (rng.standard_normal((n, depth)).astype(np.float32) for n in (rows, columns))
+    a, b = (encode(x, name) for x in (a, b))
+    c = empty((rows, columns), np.float32)
+    grid = (-(-rows // 64), -(-columns // 32))
+    launch(ptx_of("matmul"), f"matmul_{name}", grid, 128, [a, b, c, rows, columns, depth])
+    np.testing.assert_allclose(c.array, decode(a, name) @ decode(b, name).T, rtol=1e-5, atol=1e-5)
+
+
+def encode(x: Array, name: str) -> Array:
+    return {"f16": lambda: x.astype(np.float16), "bf16": lambda: f32_to_bf16(x), "f32": lambda: x}[name]()
+
+
+def decode(x: Array, name: str) -> Array:
+    return (bf16_to_f32(x) if name == "bf16" else x).astype(np.float64)
+
+
+TYPES = {"f16": "fp16", "bf16": "bf16", "f32": "fp32"}
+
+
+def compiled_attention(name: str, stages: int, block_q: int = 64, block_k: int = 32) -> Any:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ptx.samples.attention import attention_sample
+    from ptx.triton_ptx import compile_triton
+
+    signature = dict.fromkeys(("q", "k", "v", "out"), f"*{TYPES[name]}")
+    signature |= {"lse": "*fp32", "queries": "i32", "keys": "i32", "scale_log2": "fp32"}
+    signature |= {"q_stride": "i64", "k_stride": "i64"}
+    sizes = {"DIM": 64, "BLOCK_Q": block_q, "BLOCK_K": block_k, "STAGES": stages}
+    aligned = ("q", "k", "v", "out", "lse", "q_stride", "k_stride")
+    return compile_triton(attention_sample, signature, sizes, aligned=aligned, num_stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "tolerance"),
+    [("f16", 3, 2e-3), ("bf16", 2, 1.5e-2), ("bf16", 3, 1.5e-2), ("f32", 2, 4e-3)],
+)
+@pytest.mark.parametrize(("queries", "keys"), [(100, 150), (1, 40), (64, 64)])
+def test_triton_attention(name: str, stages: int, tolerance: float, queries: int, keys: int) -> None:
+    kernel = compiled_attention(name, stages)
+    from ptx.triton_ptx import launch_triton
+
+    rng = np.random.default_rng(5)
+    q, k, v = (
+        encode(rng.standard_normal((2, n, 64)).astype(np.float32), name) for n in (queries, keys, keys)
+    )
+    out, lse = empty(q.shape, q.dtype), empty((2, queries), np.float32)
+    args = [q, k, v, out, lse, queries, keys, 0.125 / np.log(2), queries * 64, keys * 64]
+    launch_triton(kernel, (-(-queries // 64), 2), args)
+    score = decode(q, name) @ decode(k, name).transpose(0, 2, 1) / 8
+    score[:, np.arange(keys) > np.arange(queries)[:, None] + keys - queries] = -np.inf
+    p = np.exp(score - score.max(-1, keepdims=True))
+    want = p @ decode(v, name) / p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(decode(out.array, name), want, atol=tolerance)
+    want_lse = (np.log(p.sum(-1)) + score.max(-1)) / np.log(2)
+    np.testing.assert_allclose(lse.array, want_lse, atol=tolerance)

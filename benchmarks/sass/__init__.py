@@ -1,4 +1,4 @@
-"""Prices compiled GPU kernels from their machine code, without a GPU: see `python -m benchmarks.sass --help`."""
+"""Prices compiled GPU kernels from their machine code, without a GPU (`python -m benchmarks.sass --help`)."""
 
 from .listing import disassemble
 from .price import LoopReport, Report, price, price_all

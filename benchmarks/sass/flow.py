@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from .listing import Instruction
 
 # HMMA...OMMA: a warp's own; the G ones a warpgroup's (Hopper); UTC ones a block's (Blackwell).
-WARP_TENSOR = frozenset("HMMA IMMA DMMA QMMA OMMA".split())
-GROUP_TENSOR = frozenset("HGMMA IGMMA QGMMA BGMMA".split())
-BLOCK_TENSOR = frozenset("UTCHMMA UTCIMMA UTCQMMA UTCOMMA UTCMXQMMA".split())
+WARP_TENSOR = frozenset(("HMMA", "IMMA", "DMMA", "QMMA", "OMMA"))
+GROUP_TENSOR = frozenset(("HGMMA", "IGMMA", "QGMMA", "BGMMA"))
+BLOCK_TENSOR = frozenset(("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA", "UTCMXQMMA"))
 TENSOR = WARP_TENSOR | GROUP_TENSOR | BLOCK_TENSOR
-_ENDS = frozenset("BRA BRX JMP JMX EXIT RET".split())
-_LOADS = frozenset("LDG LDGSTS RED REDG UTMALDG UBLKCP".split())
+_ENDS = frozenset(("BRA", "BRX", "JMP", "JMX", "EXIT", "RET"))
+_LOADS = frozenset(("LDG", "LDGSTS", "RED", "REDG", "UTMALDG", "UBLKCP"))
 _OPERAND_PREDICATE = re.compile(r"!?U?P\d")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Basic blocks as [start, end) of instruction indices; edges between block numbers. Block 0 is the entry."""
+    """Basic blocks as [start, end) of instruction indices, and edges between them. Block 0 is the entry."""
 
     blocks: list[tuple[int, int]]
     successors: list[list[int]]
@@ -70,7 +70,7 @@ def graph(code: Sequence[Instruction]) -> Graph:
 
 
 def dominators(flow: Graph) -> list[set[int]]:
-    """For each block, the blocks on every way to it from the entry, itself included; none if it can't be reached."""
+    """For each block, the blocks on every way to it from the entry, itself included; none if unreachable."""
     reachable = set(_postorder(flow, 0, set(range(len(flow.blocks)))))
     found = [set(reachable) if block in reachable else set() for block in range(len(flow.blocks))]
     found[0] = {0}

@@ -1,9 +1,9 @@
 """Simulated issue of a loop's instructions by the warps that one sub-partition of an SM holds.
 
-In order within a warp; one instruction per cycle; the warp that issued last goes on as long as it can, else the
-oldest that can issue. A warp waits for its stall count, for the scoreboards in its wait mask, for full pipes, for
-asynchronous copies and warpgroup products at its DEPBARs, and for its block at barriers. Not modelled: caches,
-bank conflicts, register ports, instruction fetch, and instructions that aren't in the hot path.
+In order within a warp; one instruction per cycle; the warp that issued last goes on as long as it can, else
+the oldest that can issue. A warp waits for its stall count, for the scoreboards in its wait mask, for full
+pipes, for asynchronous copies and warpgroup products at its DEPBARs, and for its block at barriers. Not
+modelled: caches, bank conflicts, register ports, instruction fetch, mbarriers, and what isn't in the hot path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .flow import GROUP_TENSOR, TENSOR
+from .flow import GROUP_TENSOR
 from .listing import NO_BARRIER, Instruction
 from .machines import Machine, pipes
 
@@ -110,7 +110,7 @@ class _Partition:
         }
 
     def accepts(self, step: _Step) -> float:
-        """When the pipes take this instruction: a full queue takes one more when its oldest entry is served."""
+        """When the pipes take this instruction; a full queue takes one more when its oldest is served."""
         when = 0.0
         for pipe, _ in step.held:
             when = max(when, self.free.get(pipe, 0.0))
@@ -141,8 +141,7 @@ def cycles_per_iteration(
 ) -> float:
     """Cycles in which each of ``warps`` warps on one sub-partition does one iteration.
 
-    ``warps_per_block`` of them belong to one block and meet at its barriers; later blocks start ``skew`` cycles
-    apart.
+    ``warps_per_block`` of them belong to one block and meet at its barriers; blocks start ``skew`` cycles apart.
     """
     steps = [_step(instruction, machine) for instruction in hot]
     partition = _Partition()
@@ -214,8 +213,3 @@ def _issue(warp: _Warp, step: _Step, partition: _Partition, now: float, crew: li
             for each in peers:
                 each.at_barrier = False
                 each.ready = max(each.ready, now + BARRIER)
-
-
-def has_tensor_work(hot: Sequence[Instruction]) -> bool:
-    """Whether any of these runs on the tensor cores."""
-    return any(instruction.base in TENSOR for instruction in hot)

@@ -1,13 +1,13 @@
 """What each instruction costs on each pipe, and how long its result takes: sm_80 (A100) and sm_90 (H100).
 
-All costs are cycles per warp instruction on one of the SM's four sub-partitions. A pipe that the sub-partitions
-share (memory) is charged four times what the SM needs. Sources:
+All costs are cycles per warp instruction on one of the SM's four sub-partitions. A pipe that the
+sub-partitions share (memory) is charged four times what the SM needs. Sources:
 
-    arithmetic   CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": results per clock per
-                 SM; 32 lanes * 4 sub-partitions / that number
-    tensor       data sheets: 1024 (A100) and 2048 (H100) dense bf16 multiply-adds per SM and clock times two for
-                 sparsity left out; mma.sync reaches 62-65 % of an H100 (Luo et al. 2024, arXiv 2402.13499)
-    memory       shared memory 128 bytes, L2 64 bytes per clock per SM (data sheets, arXiv 1804.06826)
+    arithmetic   CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions": results per clock
+                 and SM; 32 lanes * 4 sub-partitions / that number
+    tensor       data sheets: 1024 (A100) and 2048 (H100) dense bf16 multiply-adds per clock and SM;
+                 mma.sync reaches 62-65 % of an H100 (Luo et al. 2024, arXiv 2402.13499)
+    memory       shared memory 128, L2 64 bytes per clock and SM (data sheets, Jia et al. 2018, arXiv 1804.06826)
     latencies    round figures of the microbenchmarks in the same papers
 """
 
@@ -54,13 +54,13 @@ MACHINES = {
 }
 
 _GROUPS = {
-    "float": "FADD FMUL FFMA FADD32I FMUL32I FFMA32I",
+    "float": "FADD FMUL FFMA FADD32I FMUL32I FFMA32I FADD2 FMUL2 FFMA2",
     "compare": "FMNMX FMNMX3 FSEL FSETP FSET FCHK",
     "mufu": "MUFU",
     "convert": "F2FP F2F F2I I2F I2FP FRND I2I",
     "half": "HFMA2 HADD2 HMUL2 HMNMX2 HSET2 HSETP2",
-    "integer": "IMAD IDP IMUL ISETP IADD3 IADD VIADD VIADDMNMX VIMNMX IMNMX LOP3 LOP PLOP3 SHF SHL SHR LEA SEL PRMT "
-    "IABS BMSK SGXT P2R R2P VOTE FLO POPC ISCADD",
+    "integer": "IMAD IDP IMUL ISETP IADD3 IADD VIADD VIADDMNMX VIMNMX IMNMX LOP3 LOP PLOP3 SHF SHL SHR LEA SEL "
+    "PRMT IABS BMSK SGXT P2R R2P VOTE FLO POPC ISCADD",
     "move": "MOV CS2R",
     "spill": "LDL STL",
     "shared": "LDS LDSM STS STSM ATOMS",
@@ -72,8 +72,8 @@ _GROUPS = {
 _GROUP_OF = {base: group for group, bases in _GROUPS.items() for base in bases.split()} | dict.fromkeys(
     TENSOR, "tensor"
 )
-_SPECIAL = frozenset("MUFU F2F F2I I2F FRND I2I".split())
-_INTEGER_FMA = frozenset("IMAD IDP IMUL".split())
+_SPECIAL = frozenset(("MUFU", "F2F", "F2I", "I2F", "FRND", "I2I"))
+_INTEGER_FMA = frozenset(("IMAD", "IDP", "IMUL"))
 _MEMORY = frozenset(("spill", "shared", "global"))
 _ALU = frozenset(("compare", "convert", "integer", "move"))
 _K_BYTES = {"S8": 1, "U8": 1, "E4M3": 1, "E5M2": 1, "S4": 0.5, "U4": 0.5, "TF32": 4}
@@ -97,6 +97,8 @@ def memory_bytes(instruction: Instruction) -> int:
         match = re.search(r"\.MT?88(?:\.(\d))?", instruction.opcode)
         return 128 * int((match and match[1]) or 1)
     parts = instruction.opcode.split(".")
+    if vector := re.search(r"\.F32x(\d)", instruction.opcode):  # vector RED of sm_90
+        return 128 * int(vector[1])
     for modifiers, per_lane in ((("128",), 16), (("64",), 8), (("U16", "S16"), 2), (("U8", "S8"), 1)):
         if any(modifier in parts for modifier in modifiers):
             return 32 * per_lane
@@ -113,7 +115,7 @@ def _warp_tensor(instruction: Instruction, machine: Machine) -> float:
 
 
 def _group_tensor(instruction: Instruction, machine: Machine) -> dict[str, float]:
-    """wgmma: 64 rows by n over 32 bytes of K; B, and A unless it's in registers, are read from shared memory."""
+    """wgmma: 64 rows by n over 32 bytes of K; B, and A unless in registers, are read from shared memory."""
     match = re.search(r"\.64x(\d+)x\d+", instruction.opcode)
     if match is None:
         raise ValueError(f"no cost known for {instruction.opcode}")

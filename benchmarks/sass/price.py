@@ -1,4 +1,4 @@
-"""The price of a compiled kernel: what it takes of an SM, and how near its loops come to the tensor cores' peak."""
+"""The price of a compiled kernel: what it takes of an SM, how near its loops come to the tensor cores' peak."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def price_loop(
     cycles: tuple[float, ...] = ()
     if machine is not None:
         for instruction in loop.hot:
-            used.update(pipes(instruction, machine))  # type: ignore[arg-type]
+            used.update(pipes(instruction, machine))
         limiter, busiest = max(used.items(), key=lambda item: item[1])
         warp_products = any(
             each.base in TENSOR and each.base not in GROUP_TENSOR and "tensor" in pipes(each, machine)
@@ -165,7 +165,7 @@ def price_all(
     arch: int | None = None,
     simulate: bool = True,
 ) -> list[Report]:
-    """Every function of a cubin (a path, or its bytes) whose name matches the regular expression ``function``."""
+    """Every function of a cubin (path or bytes) whose name matches the regular expression ``function``."""
     return [
         price_function(each, threads, shared, simulate)
         for each in disassemble(source)

@@ -43,8 +43,8 @@ class Limits:
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-# AMD: "AMD Instinct MI300" and "CDNA 4" ISA documents: 512 VGPRs (ordinary and accumulation together) for each
-# lane of 4 SIMDs of 64-wide waves, 8 waves per SIMD; LDS 64 KiB, 160 KiB on CDNA 4.
+# AMD: CDNA 3 and CDNA 4 ISA documents: 512 VGPRs (ordinary and accumulation together) for each lane of 4 SIMDs
+# of 64-wide waves, 8 waves per SIMD; LDS 64 KiB, 160 KiB on CDNA 4.
 LIMITS: dict[str, Limits] = {
     "sm_80": Limits(163 << 10, 164 << 10, 64, 32),
     "sm_86": Limits(99 << 10, 100 << 10, 48, 16),

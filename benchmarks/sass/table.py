@@ -68,14 +68,15 @@ def details(report: Report) -> str:
     lines = [
         f"{report.function} (sm_{report.arch}): {report.instructions} instructions",
         f"  {resources.registers} registers, {resources.stack} bytes of stack, "
-        f"{resources.spill_loads} + {resources.spill_stores} spill loads and stores, {report.shared} bytes shared",
-        f"  {report.ctas_per_sm} blocks of {report.threads} threads per SM (limit: {report.occupancy_limiter}), "
-        f"{report.warps_per_sm} warps",
+        f"{resources.spill_loads} + {resources.spill_stores} spill loads and stores, "
+        f"{report.shared} bytes shared",
+        f"  {report.ctas_per_sm} blocks of {report.threads} threads per SM "
+        f"(limit: {report.occupancy_limiter}), {report.warps_per_sm} warps",
     ]
     for loop in report.loops:
         lines += [
-            f"  loop at {loop.address:#x}: {loop.instructions} instructions ({loop.cold_instructions} more cold), "
-            f"{loop.per_tensor:.2f} per tensor instruction",
+            f"  loop at {loop.address:#x}: {loop.instructions} instructions "
+            f"({loop.cold_instructions} more cold), {loop.per_tensor:.2f} per tensor instruction",
             f"    mix     {_counts(loop.mix)}",
             f"    cycles  {_counts(loop.pipes)}; stall counts {loop.stall_cycles}",
             f"    of peak: bound {_fraction(loop.bound)} ({loop.limiter or '-'}), "

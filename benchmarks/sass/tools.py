@@ -1,4 +1,4 @@
-"""Where NVIDIA's binary tools are: $CUOBJDUMP and the like, PATH, or Triton's wheel, which carries its own."""
+"""NVIDIA's binary tools: $CUOBJDUMP and the like, else on PATH, else those that Triton's wheel carries."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from .listing import disassemble
 from .price import LoopReport, Report, price, price_all
-from .resources import LIMITS, Limits, Occupancy, Resources, occupancy, parse_amdgcn
+from .resources import LIMITS, Limits, Occupancy, Resources, occupancy, parse_amdgcn, parse_ptxas
 from .table import table
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "disassemble",
     "occupancy",
     "parse_amdgcn",
+    "parse_ptxas",
     "price",
     "price_all",
     "table",

@@ -3,7 +3,7 @@
 In order within a warp; one instruction per cycle; the warp that issued last goes on as long as it can, else
 the oldest that can issue. A warp waits for its stall count, for the scoreboards in its wait mask, for full
 pipes, for asynchronous copies and warpgroup products at its DEPBARs, and for its block at barriers. Not
-modelled: caches, bank conflicts, register ports, instruction fetch, mbarriers, and what isn't in the hot path.
+modelled: caches, bank conflicts, register ports, instruction fetch, mbarriers, and cold blocks.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ GROUPS_KEPT = 8  # at most so many outstanding copies or products matter
 class _Step(NamedTuple):
     """What the simulation needs of one instruction."""
 
-    held: tuple[tuple[str, float], ...]  # pipes that must be free; cycles
-    queued: tuple[tuple[str, float], ...]  # pipes with a queue
-    tensor: float
+    held: tuple[tuple[str, float], ...]  # pipes that must be free, with cycles
+    queued: tuple[tuple[str, float], ...]  # pipes that take work ahead of its service
     l2: float
-    latency: float
+    latency: float  # cycles from service to result
+    scoreboarded: bool  # the result comes `latency` after service, not after issue
     stall: int
     waits: tuple[int, ...]
     write_barrier: int
     read_barrier: int
-    action: str  # "", "copy", "commit", "wait copies", "product", "wait products" or "barrier"
+    action: str  # "copy", "commit", "wait copies", "product", "wait products", "barrier" or none of these
     keep: int  # groups that a wait leaves outstanding
 
 
@@ -64,14 +64,16 @@ def _action(instruction: Instruction) -> str:
     if base == "BAR" and "SYNC" in opcode:
         return "barrier"
     if base in GROUP_TENSOR:
-        return "product" if "gsb" in instruction.operands else "part"
+        return "product" if "gsb" in instruction.operands else ""  # only the last of a group signals
     return {"LDGSTS": "copy", "LDGDEPBAR": "commit", "DEPBAR": "wait copies"}.get(base, "")
 
 
 def _step(instruction: Instruction, machine: Machine) -> _Step:
     used = pipes(instruction, machine)
     action = _action(instruction)
-    asynchronous = instruction.base in GROUP_TENSOR
+    queues = ["memory", "special"]
+    if instruction.base in GROUP_TENSOR:
+        queues.append("tensor")
     latency = machine.latency_other
     if "l2" in used:
         latency = machine.latency_copy if action == "copy" else machine.latency_global
@@ -82,13 +84,12 @@ def _step(instruction: Instruction, machine: Machine) -> _Step:
     elif "memory" in used:
         latency = machine.latency_shuffle if instruction.base == "SHFL" else machine.latency_shared
     keep = re.search(r", (0x[0-9a-f]+)\s*$", instruction.operands) if action.startswith("wait") else None
-    queues = ("memory", "special", "tensor") if asynchronous else ("memory", "special")
     return _Step(
         held=tuple((pipe, cost) for pipe, cost in used.items() if pipe not in ("issue", "l2", *queues)),
         queued=tuple((pipe, cost) for pipe, cost in used.items() if pipe in queues),
-        tensor=used.get("tensor", 0),
         l2=used.get("l2", 0),
         latency=latency,
+        scoreboarded=not used.keys().isdisjoint(("memory", "special", "tensor")),
         stall=max(1, instruction.stall),
         waits=instruction.waits,
         write_barrier=NO_BARRIER if action == "commit" else instruction.write_barrier,
@@ -121,19 +122,18 @@ class _Partition:
 
     def serve(self, step: _Step, now: float) -> tuple[float, float]:
         """Occupies the pipes; when the operands have been read and when the result is there."""
-        read, done = now + 6, now + step.latency
+        read, served = now + OPERANDS_READ + 2, now
         for pipe, cost in (*step.held, *step.queued):
             start = max(now, self.free.get(pipe, 0.0))
             self.free[pipe] = start + cost
+            if step.scoreboarded:
+                served = start + cost
             if pipe in self.queues:
                 self.queues[pipe].append(start + cost)
                 read = start + cost + OPERANDS_READ
-            if (pipe, cost) in step.queued or pipe == "tensor":
-                done = start + cost + step.latency
         if step.l2:
-            self.l2_free = max(self.l2_free, now) + step.l2
-            done = self.l2_free + step.latency
-        return read, done
+            served = self.l2_free = max(self.l2_free, now) + step.l2
+        return read, served + step.latency
 
 
 def cycles_per_iteration(
@@ -141,7 +141,7 @@ def cycles_per_iteration(
 ) -> float:
     """Cycles in which each of ``warps`` warps on one sub-partition does one iteration.
 
-    ``warps_per_block`` of them belong to one block and meet at its barriers; blocks start ``skew`` cycles apart.
+    ``warps_per_block`` of them are one block's and meet at its barriers; blocks start ``skew`` cycles apart.
     """
     steps = [_step(instruction, machine) for instruction in hot]
     partition = _Partition()

@@ -7,7 +7,7 @@ sub-partitions share (memory) is charged four times what the SM needs. Sources:
                  and SM; 32 lanes * 4 sub-partitions / that number
     tensor       data sheets: 1024 (A100) and 2048 (H100) dense bf16 multiply-adds per clock and SM;
                  mma.sync reaches 62-65 % of an H100 (Luo et al. 2024, arXiv 2402.13499)
-    memory       shared memory 128, L2 64 bytes per clock and SM (data sheets, Jia et al. 2018, arXiv 1804.06826)
+    memory       shared memory 128, L2 64 bytes per clock and SM (Jia et al. 2018, arXiv 1804.06826)
     latencies    round figures of the microbenchmarks in the same papers
 """
 
@@ -59,8 +59,8 @@ _GROUPS = {
     "mufu": "MUFU",
     "convert": "F2FP F2F F2I I2F I2FP FRND I2I",
     "half": "HFMA2 HADD2 HMUL2 HMNMX2 HSET2 HSETP2",
-    "integer": "IMAD IDP IMUL ISETP IADD3 IADD VIADD VIADDMNMX VIMNMX IMNMX LOP3 LOP PLOP3 SHF SHL SHR LEA SEL "
-    "PRMT IABS BMSK SGXT P2R R2P VOTE FLO POPC ISCADD",
+    "integer": "IMAD IDP IMUL ISETP IADD3 IADD VIADD VIADDMNMX VIMNMX IMNMX LOP3 LOP PLOP3 SHF SHL SHR LEA "
+    "SEL PRMT IABS BMSK SGXT P2R R2P VOTE FLO POPC ISCADD",
     "move": "MOV CS2R",
     "spill": "LDL STL",
     "shared": "LDS LDSM STS STSM ATOMS",

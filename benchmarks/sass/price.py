@@ -1,4 +1,4 @@
-"""The price of a compiled kernel: what it takes of an SM, how near its loops come to the tensor cores' peak."""
+"""A compiled kernel's price: what it takes of an SM, how near its loops come to the tensor cores' peak."""
 
 from __future__ import annotations
 

@@ -18,14 +18,15 @@ class Resources:
     shared: int = 0  # what the code declares; a launch's dynamic bytes come on top
     spill_loads: int = 0  # instructions, where the machine code was read
     spill_stores: int = 0
-    spilled_registers: int = 0  # AMD: what its compiler reports
+    spilled_registers: int = 0  # as AMD's compiler reports
+    spilled_bytes: int = 0  # per thread, loads and stores, as ptxas reports
     scalar_registers: int = 0  # AMD: per wave
     threads: int | None = None  # per block, where the code fixes them
 
     @property
     def spills(self) -> int:
         """Zero where nothing spills."""
-        return self.spill_loads + self.spill_stores + self.spilled_registers
+        return self.spill_loads + self.spill_stores + self.spilled_registers + self.spilled_bytes
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Limits:
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-# AMD: CDNA 3 and CDNA 4 ISA documents: 512 VGPRs (ordinary and accumulation together) for each lane of 4 SIMDs
-# of 64-wide waves, 8 waves per SIMD; LDS 64 KiB, 160 KiB on CDNA 4.
+# AMD: CDNA 3 and CDNA 4 ISA documents: 4 SIMDs of 64 lanes and 8 waves, 512 VGPRs per lane (ordinary and
+# accumulation together); LDS 64 KiB, 160 KiB on CDNA 4.
 LIMITS: dict[str, Limits] = {
     "sm_80": Limits(163 << 10, 164 << 10, 64, 32),
     "sm_86": Limits(99 << 10, 100 << 10, 48, 16),
@@ -82,6 +83,25 @@ def occupancy(limits: Limits, registers: int, shared: int, threads: int) -> Occu
         fit["shared"] = 0
     limiter = min(fit, key=fit.__getitem__)
     return Occupancy(fit[limiter], fit[limiter] * warps, limiter)
+
+
+_PTXAS = re.compile(
+    r"Function properties for (\S+)\s+(\d+) bytes stack frame, "
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s*: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+)
+
+
+def parse_ptxas(text: str) -> dict[str, Resources]:
+    """Resources by kernel from what ``ptxas -v`` (``nvcc -Xptxas -v``) reports."""
+    return {
+        name: Resources(
+            registers=int(registers),
+            stack=int(stack),
+            shared=int(shared or 0),
+            spilled_bytes=int(stores) + int(loads),
+        )
+        for name, stack, stores, loads, registers, shared in _PTXAS.findall(text)
+    }
 
 
 def parse_amdgcn(text: str) -> dict[str, Resources]:

@@ -35,7 +35,7 @@ class _Step(NamedTuple):
     queued: tuple[tuple[str, float], ...]  # pipes that take work ahead of its service
     l2: float
     latency: float  # cycles from service to result
-    scoreboarded: bool  # the result comes `latency` after service, not after issue
+    source: str  # the pipe whose service the latency follows; none: it follows the issue
     stall: int
     waits: tuple[int, ...]
     write_barrier: int
@@ -89,7 +89,7 @@ def _step(instruction: Instruction, machine: Machine) -> _Step:
         queued=tuple((pipe, cost) for pipe, cost in used.items() if pipe in queues),
         l2=used.get("l2", 0),
         latency=latency,
-        scoreboarded=not used.keys().isdisjoint(("memory", "special", "tensor")),
+        source=next((pipe for pipe in ("tensor", "special", "memory") if pipe in used), ""),
         stall=max(1, instruction.stall),
         waits=instruction.waits,
         write_barrier=NO_BARRIER if action == "commit" else instruction.write_barrier,
@@ -126,7 +126,7 @@ class _Partition:
         for pipe, cost in (*step.held, *step.queued):
             start = max(now, self.free.get(pipe, 0.0))
             self.free[pipe] = start + cost
-            if step.scoreboarded:
+            if pipe == step.source:
                 served = start + cost
             if pipe in self.queues:
                 self.queues[pipe].append(start + cost)

@@ -87,7 +87,8 @@ def occupancy(limits: Limits, registers: int, shared: int, threads: int) -> Occu
 
 _PTXAS = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, "
-    r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s*: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads\s+"
+    r"ptxas info\s*: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
 )
 
 

@@ -17,7 +17,7 @@ from perceiver_kernels.spec import MAX_FACTOR, AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
-_ROWS, _COLUMNS = 32, 32  # tile of the kernels that only read, add and write
+_ROWS = 32  # of a program of combine_splits
 
 
 @dataclass(frozen=True)
@@ -204,42 +204,42 @@ def backward_launches(
     """The kernels that fill ``(dq, dk, dv)``; delta and the slabs live until the iterator is exhausted."""
     problem = make_problem(query, key, value, spec)
     dq, dk, dv = gradients
-    delta = torch.empty_like(lse)
-    heads, queries = lse.shape[-2:]
-    blocks = -(-queries // _ROWS)
+    tile = config.block_m
+    row_blocks = -(-problem.M // tile)
+    tiles = query.shape[0] // tile + problem.B if spec.is_packed else row_blocks  # of a head
+    tile_strides = {"stride_tb": 0 if spec.is_packed else tiles * problem.H, "stride_th": tiles}
+    tiles *= problem.H if spec.is_packed else problem.H * problem.B
+    shift, delta = lse.new_empty((2, tiles * tile), dtype=torch.float32)
+    scores = _score_arguments(problem)
     yield Launch(
         backward_kernels.attention_delta,
-        (blocks * math.prod(lse.shape[:-1]), 1),
+        (row_blocks * problem.B * problem.H, 1),
         {
-            "p_dout": dout, "p_out": out, "p_dlse": dlse, "p_lse": lse, "p_delta": delta,
-            **row_strides("gm", dout), **row_strides("om", out),
-            **_dlse_strides(lse if dlse is None else dlse),
-            "row_blocks": blocks, "heads": heads, "queries": queries,
+            "p_dout": dout, "p_out": out, "p_lse": lse, "p_dlse": dlse, "p_shift": shift, "p_delta": delta,
+            **row_strides("gm", dout), **row_strides("om", out), **lse_strides(lse), **_dlse_strides(dlse),
+            **tile_strides, "row_blocks": row_blocks, "heads": problem.H,
+            **{name: scores[name] for name in ("p_cu_q", "queries")},
         },
-        {"DV": problem.DV, **_head_parts("DV", problem.DV), "BLOCK_M": _ROWS, "HAS_DLSE": dlse is not None},
+        {"DV": problem.DV, **_head_parts("DV", problem.DV), "BLOCK_M": tile, "IS_WIDE": problem.dtype == torch.float32,
+         "IS_PACKED": spec.is_packed, "HAS_DLSE": dlse is not None},
     )  # fmt: skip
 
     key_blocks = -(-problem.N // config.block_n)
-    slab_bytes = lse.numel() * problem.D * 4
-    most = max(1, min(key_blocks, SLAB_BYTES // max(slab_bytes, 1)))
+    dims = sum(head_parts(problem.D))
+    most = max(1, min(key_blocks, SLAB_BYTES // max(tiles * tile * dims * 4, 1)))
     runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, slots), most)
     run_blocks = max(1, -(-key_blocks // runs))
-    slabs = lse.new_empty((runs, lse.numel() * problem.D), dtype=torch.float32)
-    per_head = queries * problem.group * problem.D
-    slab_strides = {
-        "stride_sr": slabs.stride(0), "stride_sb": 0 if spec.is_packed else per_head * problem.Hkv, "stride_sh": per_head,
-    }  # fmt: skip
+    slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
-    scores = _score_arguments(problem)
     yield Launch(
         backward_kernels.attention_backward,
         (runs * problem.B * problem.Hkv, 1),
         {
-            "p_q": query, "p_k": key, "p_v": value, "p_dout": dout, "p_lse": lse, "p_delta": delta,
+            "p_q": query, "p_k": key, "p_v": value, "p_dout": dout, "p_shift": shift, "p_delta": delta,
             "p_slabs": slabs, "p_dk": dk, "p_dv": dv,
             **row_strides("qm", query), **row_strides("kn", key), **row_strides("vn", value),
-            **row_strides("gm", dout), **row_strides("dkn", dk), **row_strides("dvn", dv), **lse_strides(lse),
-            **slab_strides, "runs": runs, "run_blocks": run_blocks, "scale": spec.scale,
+            **row_strides("gm", dout), **row_strides("dkn", dk), **row_strides("dvn", dv), **tile_strides,
+            "stride_sr": slabs.stride(0), "runs": runs, "run_blocks": run_blocks, "scale": spec.scale,
             "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
             **scores,
         },
@@ -247,20 +247,22 @@ def backward_launches(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    blocks = -(-problem.rows // _ROWS)
-    shared = ("p_offsets", "p_cu_q", "p_cu_k", "kv_heads", "queries", "keys", "q_offset")
+    shared = ("p_offsets", "p_cu_q", "p_cu_k", "queries", "keys", "q_offset")
     yield Launch(
         backward_kernels.reduce_slabs,
-        (blocks * problem.B * problem.Hkv, -(-problem.D // _COLUMNS)),
+        (row_blocks * problem.B * problem.H, 1),
         {
-            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **slab_strides, "row_blocks": blocks, "runs": runs,
-            "run_keys": run_blocks * config.block_n, "scale": spec.scale, **{name: scores[name] for name in shared},
+            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **tile_strides, "stride_sr": slabs.stride(0),
+            "row_blocks": row_blocks, "heads": problem.H, "runs": runs, "run_keys": run_blocks * config.block_n,
+            "scale": spec.scale, **{name: scores[name] for name in shared},
         },
-        {"GROUP": problem.group, "D": problem.D, "BLOCK_D": _COLUMNS, "BLOCK_M": _ROWS,
-         "IS_CAUSAL": spec.is_causal, "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
+        {"D": problem.D, **_head_parts("D", problem.D), "BLOCK_M": tile, "IS_CAUSAL": spec.is_causal,
+         "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
     )  # fmt: skip
 
 
-def _dlse_strides(dlse: Tensor) -> dict[str, int]:
+def _dlse_strides(dlse: Tensor | None) -> dict[str, int]:
+    if dlse is None:
+        return {"stride_eb": 0, "stride_eh": 0, "stride_em": 0}
     b = 0 if dlse.dim() == 2 else dlse.stride(0)
     return {"stride_eb": b, "stride_eh": dlse.stride(-2), "stride_em": dlse.stride(-1)}

@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test sanitize aarch64 bench lint format clean
+.PHONY: help build demo test sanitize aarch64 bench gpu-check lint format clean
 
 help:
 	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
 	@echo "make test    the test suite"
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
 	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table and JSON"
+	@echo "make gpu-check  on a machine with a GPU: tests, compute-sanitizer and benchmarks into gpu-check-output/"
 	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
 	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
 	@echo "make lint    ruff, mypy and clang-format;  make format applies what they can fix"
@@ -71,6 +72,9 @@ aarch64: $(VENV)/.tools
 bench: build
 	$(BIN)/perceiver-kernels bench --json bench.json
 
+gpu-check: build
+	$(BIN)/perceiver-kernels gpu-check --output gpu-check-output
+
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +87,4 @@ format: build
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build demo-output bench.json
+	rm -rf $(VENV) build demo-output gpu-check-output bench.json

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -197,6 +199,15 @@ def test_the_command_line_accepts_every_step(tmp_path: Path) -> None:
         for command in ours:
             arguments = command[command.index("perceiver_kernels") + 1 :]
             assert parser().parse_args(arguments).device == "cuda"
+
+
+def test_the_sanitizer_looks_at_every_kernel() -> None:
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    from perceiver_kernels.backends.triton import launch
+
+    launched = set(re.findall(r"ward_kernels\.(\w+)", inspect.getsource(launch)))
+    assert {"attention_forward", "attention_backward"} <= launched
+    assert all(re.fullmatch(f".*({gpu_check.KERNELS}).*", name) for name in launched)
 
 
 def test_rehearsal_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ PEERS = ("torch-sdpa", "torch-flex", *GPU_PEERS)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZED = ("ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dead_example",
              "offset_per_example_masked", "softcap", "dropout", "packed")  # fmt: skip
-KERNELS = "kns=attention|combine"  # this package's: what torch's own kernels do is not asked here
+KERNELS = (
+    "attention|combine_splits|reduce_slabs"  # this package's: what torch's own kernels do is not asked here
+)
 QUICK_CASES = ("train", "grouped", "decode")
 COLORS = {
     "passed": "green",
@@ -166,7 +168,14 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
         missing = nothing or (None if tool else "compute-sanitizer is not there")
         for check in SANITIZERS:
             command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "99"]
-            command += ["--report-api-errors", "no", "--target-processes", "all", "--kernel-regex", KERNELS]
+            command += [
+                "--report-api-errors",
+                "no",
+                "--target-processes",
+                "all",
+                "--kernel-regex",
+                f"kns={KERNELS}",
+            ]
             command += [*CLI, "verify", "--device", device, "--backends", *names, "--case", *SANITIZED]
             command += ["--dtype", "float32", "bfloat16"]
             # Without torch's cache each tensor is an allocation of its own, so that reading past one shows.

@@ -91,7 +91,7 @@ def attention_backward(
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
     DV1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     IS_PACKED: tl.constexpr, HAS_DEAD_ROWS: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Slabs (runs, tiles, D0 + D1, BLOCK_M) float32, see ``add_to_slab``; tiles that see no key of a run's first
     block stay unwritten."""
@@ -145,14 +145,14 @@ def attention_backward(
                     b_k, b_v, b_dk, b_dv, p_q + i_head * stride_qh, p_dout + i_head * stride_gh, p_shift, p_delta,
                     p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile, start_m, queries, start_n - start, o_n,
                     m_n, q_offset, scale, exponent, softcap, threshold, keep_factor, D, D0, D1, DV, DV0, DV1, BLOCK_M,
-                    True, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+                    True, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, WARPS, PRECISION,
                 )  # fmt: skip
             for start_m in range(tl.maximum(first, full), queries, BLOCK_M):
                 b_dk, b_dv = add_tile(
                     b_k, b_v, b_dk, b_dv, p_q + i_head * stride_qh, p_dout + i_head * stride_gh, p_shift, p_delta,
                     p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile, start_m, queries, start_n - start, o_n,
                     m_n, q_offset, scale, exponent, softcap, threshold, keep_factor, D, D0, D1, DV, DV0, DV1, BLOCK_M,
-                    False, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+                    False, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, WARPS, PRECISION,
                 )  # fmt: skip
         store_rows(p_dk + o_n.to(tl.int64) * stride_dkn, times(b_dk, scale, D1), o_n < keys, D, D0, D1)
         store_rows(p_dv + o_n.to(tl.int64) * stride_dvn, b_dv, o_n < keys, DV, DV0, DV1)
@@ -165,7 +165,8 @@ def add_tile(
     start_m, queries, keys_done, o_n, m_n, q_offset, scale, exponent, softcap, threshold, keep_factor,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_DEAD_ROWS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a tile of rows gives to the gradients of ``BLOCK_N`` keys, and these keys to its own.
 
@@ -209,14 +210,14 @@ def add_tile(
     b_ds = b_ds.to(b_q[0].dtype)
     b_dk = add_weighted(b_dk, b_ds, b_q, D1, PRECISION)
     p_slab = p_slabs + (i_tile + start_m // BLOCK_M) * ((D0 + D1) * BLOCK_M)
-    add_to_slab(p_slab, b_k[0], b_ds, keys_done, PRECISION)
+    add_to_slab(p_slab, b_k[0], b_ds, keys_done, WARPS, PRECISION)
     if D1 > 0:
-        add_to_slab(p_slab + D0 * BLOCK_M, b_k[1], b_ds, keys_done, PRECISION)
+        add_to_slab(p_slab + D0 * BLOCK_M, b_k[1], b_ds, keys_done, WARPS, PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit
-def add_to_slab(p_slab, b_k, b_ds, keys_done, PRECISION: tl.constexpr):
+def add_to_slab(p_slab, b_k, b_ds, keys_done, WARPS: tl.constexpr, PRECISION: tl.constexpr):
     """dq^T += k^T dS^T, one tile of one part of the head dim.
 
     Transposed like everything else here, so that no product asks for another layout of dS, and stored in the order
@@ -224,11 +225,12 @@ def add_to_slab(p_slab, b_k, b_ds, keys_done, PRECISION: tl.constexpr):
     """
     SIZE: tl.constexpr = b_k.shape[1]
     BLOCK_M: tl.constexpr = b_ds.shape[1]
+    ROWS: tl.constexpr = WARPS if WARPS * 16 < SIZE else SIZE // 16  # of warps
     # [SIZE, BLOCK_M]
     b_dq = tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION)
     # [SIZE * BLOCK_M]
-    b_dq = tl.reshape(b_dq, (SIZE // 16, 2, 8, BLOCK_M // 8, 4, 2))
-    b_dq = tl.reshape(tl.permute(b_dq, (0, 3, 2, 4, 1, 5)), (SIZE * BLOCK_M,))
+    b_dq = tl.reshape(b_dq, (SIZE // 16 // ROWS, ROWS, 2, 8, BLOCK_M // 8, 4, 2))
+    b_dq = tl.reshape(tl.permute(b_dq, (0, 4, 1, 3, 5, 2, 6)), (SIZE * BLOCK_M,))
     p_slab += tl.arange(0, SIZE * BLOCK_M)
     m_done = tl.zeros((SIZE * BLOCK_M,), tl.int32) + keys_done > 0  # before that, the slab holds nothing
     tl.store(p_slab, b_dq + tl.load(p_slab, mask=m_done, other=0.0))
@@ -238,8 +240,8 @@ def add_to_slab(p_slab, b_k, b_ds, keys_done, PRECISION: tl.constexpr):
 def reduce_slabs(
     p_slabs, p_dq, p_offsets, p_cu_q, p_cu_k, stride_sr, stride_qb, stride_qh, stride_qm, stride_tb, stride_th,
     row_blocks, heads, queries, keys, q_offset, runs, run_keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    IS_PACKED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """dq = scale times the sum over runs, in their order, of the slab tiles that a run has written."""
     i_m, i_bh = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -257,22 +259,24 @@ def reduce_slabs(
     # [BLOCK_M]
     o_i = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     p_row = p_dq + i_b * stride_qb + i_h * stride_qh + (first_q + o_i) * stride_qm
-    reduce_part(p_slab, stride_sr, written, p_row, o_i < queries, scale, 0, D, D0, BLOCK_M)
+    reduce_part(p_slab, stride_sr, written, p_row, o_i < queries, scale, 0, D, D0, BLOCK_M, WARPS)
     if D1 > 0:
-        reduce_part(p_slab + D0 * BLOCK_M, stride_sr, written, p_row, o_i < queries, scale, D0, D, D1, BLOCK_M)
+        reduce_part(p_slab + D0 * BLOCK_M, stride_sr, written, p_row, o_i < queries, scale, D0, D, D1, BLOCK_M, WARPS)
 
 
 @triton.jit
 def reduce_part(
     p_slab, stride_sr, written, p_row, m_i, scale,
     FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
+    ROWS: tl.constexpr = WARPS if WARPS * 16 < SIZE else SIZE // 16
     p_slab += tl.arange(0, SIZE * BLOCK_M)
     b_dq = tl.zeros((SIZE * BLOCK_M,), tl.float32)
     for _ in range(written):
         b_dq += tl.load(p_slab)
         p_slab += stride_sr
     # The order of `add_to_slab`, undone: [BLOCK_M, SIZE]
-    b_dq = tl.reshape(b_dq, (SIZE // 16, BLOCK_M // 8, 8, 4, 2, 2))
-    b_dq = tl.reshape(tl.permute(b_dq, (1, 3, 5, 0, 4, 2)), (BLOCK_M, SIZE))
+    b_dq = tl.reshape(b_dq, (SIZE // 16 // ROWS, BLOCK_M // 8, ROWS, 8, 4, 2, 2))
+    b_dq = tl.reshape(tl.permute(b_dq, (1, 4, 6, 0, 2, 5, 3)), (BLOCK_M, SIZE))
     store_part(p_row, b_dq * scale, m_i, FIRST, D, SIZE)

@@ -24,10 +24,13 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def head_parts(dim: int) -> tuple[int, int]:
-    """The one or two powers of two (0 for none) in which a head dim lies on chip: 64 + 0, 64 + 32, 64 + 64."""
+def head_parts(dim: int, longest: int) -> tuple[int, int]:
+    """The one or two powers of two (0 for none) in which a head dim lies on chip: 64 + 0, 64 + 32, 64 + 64.
+
+    One where it wastes less than a quarter and is at most ``longest``.
+    """
     whole = padded(dim)
-    if whole == 16 or whole <= 64 and dim > whole * 3 // 4:
+    if whole == 16 or whole <= longest and dim > whole * 3 // 4:
         return whole, 0
     return whole // 2, padded(dim - whole // 2)
 

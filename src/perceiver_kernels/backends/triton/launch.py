@@ -17,6 +17,7 @@ from perceiver_kernels.spec import MAX_FACTOR, AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
+_FORWARD_PART, _BACKWARD_PART = 64, 256  # longest part of a head dim: shorter ones spill less, longer ones feed 8 warps
 _ROWS = 32  # of a program of combine_splits
 
 
@@ -107,14 +108,14 @@ def _score_arguments(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _score_constants(problem: Problem, config: Config) -> dict[str, Any]:
+def _score_constants(problem: Problem, config: Config, longest: int) -> dict[str, Any]:
     spec = problem.spec
     return {
         "GROUP": problem.group,
         "D": problem.D,
         "DV": problem.DV,
-        **_head_parts("D", problem.D),
-        **_head_parts("DV", problem.DV),
+        **_head_parts("D", problem.D, longest),
+        **_head_parts("DV", problem.DV, longest),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "IS_CAUSAL": spec.is_causal,
@@ -127,8 +128,8 @@ def _score_constants(problem: Problem, config: Config) -> dict[str, Any]:
     }
 
 
-def _head_parts(name: str, dim: int) -> dict[str, int]:
-    return dict(zip((f"{name}0", f"{name}1"), head_parts(dim), strict=True))
+def _head_parts(name: str, dim: int, longest: int) -> dict[str, int]:
+    return dict(zip((f"{name}0", f"{name}1"), head_parts(dim, longest), strict=True))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -171,7 +172,7 @@ def forward_launches(
         "exponent": max(1.0 if natural else scale, 2.0**-126) * math.log2(math.e),
         **_score_arguments(problem),
     }  # fmt: skip
-    constants = _score_constants(problem, config) | {"IS_NEGATIVE": not natural and spec.scale < 0}
+    constants = _score_constants(problem, config, _FORWARD_PART) | {"IS_NEGATIVE": not natural and spec.scale < 0}
     yield Launch(
         forward_kernels.attention_forward, (programs, splits), arguments, constants, config.num_warps, config.num_stages
     )
@@ -180,7 +181,7 @@ def forward_launches(
         blocks = -(-queries // _ROWS)
         arguments = {"p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse, **row_strides("om", out),
                      "row_blocks": blocks, "heads": heads, "queries": queries, "splits": splits}  # fmt: skip
-        constants = {"DV": problem.DV, **_head_parts("DV", problem.DV), "BLOCK_M": _ROWS}
+        constants = {"DV": problem.DV, **_head_parts("DV", problem.DV, _FORWARD_PART), "BLOCK_M": _ROWS}
         yield Launch(forward_kernels.combine_splits, (blocks * math.prod(lse.shape[:-1]), 1), arguments, constants)
 
 
@@ -220,12 +221,12 @@ def backward_launches(
             **tile_strides, "row_blocks": row_blocks, "heads": problem.H,
             **{name: scores[name] for name in ("p_cu_q", "queries")},
         },
-        {"DV": problem.DV, **_head_parts("DV", problem.DV), "BLOCK_M": tile, "IS_WIDE": problem.dtype == torch.float32,
+        {"DV": problem.DV, **_head_parts("DV", problem.DV, _BACKWARD_PART), "BLOCK_M": tile, "IS_WIDE": problem.dtype == torch.float32,
          "IS_PACKED": spec.is_packed, "HAS_DLSE": dlse is not None},
     )  # fmt: skip
 
     key_blocks = -(-problem.N // config.block_n)
-    dims = sum(head_parts(problem.D))
+    dims = sum(head_parts(problem.D, _BACKWARD_PART))
     most = max(1, min(key_blocks, SLAB_BYTES // max(tiles * tile * dims * 4, 1)))
     runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, slots), most)
     run_blocks = max(1, -(-key_blocks // runs))
@@ -243,7 +244,7 @@ def backward_launches(
             "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
             **scores,
         },
-        _score_constants(problem, config) | {"HAS_DEAD_ROWS": may_die},
+        _score_constants(problem, config, _BACKWARD_PART) | {"HAS_DEAD_ROWS": may_die, "WARPS": config.num_warps},
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
@@ -256,7 +257,7 @@ def backward_launches(
             "row_blocks": row_blocks, "heads": problem.H, "runs": runs, "run_keys": run_blocks * config.block_n,
             "scale": spec.scale, **{name: scores[name] for name in shared},
         },
-        {"D": problem.D, **_head_parts("D", problem.D), "BLOCK_M": tile, "IS_CAUSAL": spec.is_causal,
+        {"D": problem.D, **_head_parts("D", problem.D, _BACKWARD_PART), "BLOCK_M": tile, "WARPS": config.num_warps, "IS_CAUSAL": spec.is_causal,
          "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
     )  # fmt: skip
 

@@ -63,13 +63,13 @@ def launch(
 
 
 @lru_cache(maxsize=32)
-def _parsed(ptx: str) -> Module:
+def parsed(ptx: str) -> Module:
     return parse(ptx)
 
 
 @lru_cache(maxsize=64)
 def _program(ptx: str, kernel: str) -> Program:
-    return flatten(_parsed(ptx), kernel)
+    return flatten(parsed(ptx), kernel)
 
 
 def _dim(value: Dim) -> tuple[int, int, int]:
@@ -315,9 +315,9 @@ def _granules(program: Program) -> dict[str, int]:
     found = {"shared": 16, "global": 16}
     for instr in program.code:
         if instr.op == "cp" and len(instr.operands) > 2:
-            # A src-size may be any; whole copies are tracked as one access.
+            # A src-size may be any; what it cuts off still counts as read with its word.
             found["shared"] = min(found["shared"], 4)
-            found["global"] = 1 if len(instr.operands) > 3 else min(found["global"], 4)
+            found["global"] = min(found["global"], 4)
         elif instr.op in ("ld", "st", "atom", "red", "ldu"):
             spaces = {mod.split("::")[0] for mod in instr.mods} & {
                 "shared",

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .findings import Report
-from .machine import Dim, launch
-from .parser import parse
+from .machine import Dim, launch, parsed
 
 
 def compile_triton(
@@ -46,7 +45,7 @@ def launch_triton(compiled: Any, grid: Dim, args: Sequence[Any], **options: Any)
     """Launch with the kernel's own arguments, without the constexprs; Triton's scratch pointers are null."""
     ptx = options.pop("ptx", None) or compiled.asm["ptx"]
     name = compiled.metadata.name
-    hidden = len(parse(ptx).functions[name].params) - len(args)
+    hidden = len(parsed(ptx).functions[name].params) - len(args)
     if hidden not in (0, 1, 2):
         raise ValueError(f"{name} takes {hidden + len(args)} parameters, given {len(args)}")
     block = 32 * compiled.metadata.num_warps

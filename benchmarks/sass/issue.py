@@ -124,7 +124,9 @@ class _Partition:
         """Occupies the pipes; when the operands have been read and when the result is there."""
         read, served = now + OPERANDS_READ + 2, now
         for pipe, cost in (*step.held, *step.queued):
-            start = max(now, self.free.get(pipe, 0.0))
+            # Issue is by whole cycles; a pipe that got free within the last one works on without a gap.
+            free = self.free.get(pipe, 0.0)
+            start = free if free > now - 1 else now
             self.free[pipe] = start + cost
             if pipe == step.source:
                 served = start + cost

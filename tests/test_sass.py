@@ -1,0 +1,672 @@
+"""The engine that prices kernels by their machine code: parsing, flow, issue, occupancy, real compilers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.sass import (  # noqa: E402
+    LIMITS,
+    disassemble,
+    occupancy,
+    parse_amdgcn,
+    parse_ptxas,
+    price,
+    price_all,
+    table,
+    tools,
+)
+from benchmarks.sass.flow import TENSOR, dominators, graph, natural_loops, tensor_loops  # noqa: E402
+from benchmarks.sass.issue import cycles_per_iteration  # noqa: E402
+from benchmarks.sass.listing import NO_BARRIER, Instruction, parse_sass, parse_usage  # noqa: E402
+from benchmarks.sass.machines import MACHINES, group, memory_bytes, pipes  # noqa: E402
+from benchmarks.sass.price import LoopReport, price_loop  # noqa: E402
+
+A100, H100 = MACHINES[80], MACHINES[90]
+CUDA_ARCHES = (80, 86, 89, 90, 100, 120)
+HIP_ARCHES = ("gfx942", "gfx950")
+HMMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
+
+
+def ins(
+    text: str, stall: int = 1, write: int = NO_BARRIER, read: int = NO_BARRIER, wait: Sequence[int] = ()
+) -> str:
+    """An instruction with its control fields, for ``listing``."""
+    mask = sum(1 << barrier for barrier in wait)
+    high = (stall | write << 5 | read << 8 | mask << 11) << 41
+    return f"{text} ; /* 0x{0x7918:016x} */\n /* 0x{high:016x} */"
+
+
+def listing(*lines: str, arch: int = 80) -> tuple[Instruction, ...]:
+    """Instructions, 16 bytes each, through the parser of cuobjdump's format. Plain text: a stall of one."""
+    rows = [line if "/*" in line else ins(line) for line in lines]
+    text = "\n".join(f"        /*{16 * index:04x}*/  {row}" for index, row in enumerate(rows))
+    functions = parse_sass(f"\tcode for sm_{arch}\n\t\tFunction : kernel\n{text}\n")
+    assert list(functions) == [(arch, "kernel")]
+    return tuple(functions[arch, "kernel"])
+
+
+def loop(*lines: str) -> tuple[Instruction, ...]:
+    """A loop around these instructions, as execution sees it."""
+    return listing(*lines, "@P0 BRA 0x0")
+
+
+# Parsing
+
+
+def test_instruction_fields() -> None:
+    text = """
+	code for sm_80
+		Function : first
+	.headerflags	@"EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                  /* 0x00000a0000017a02 */
+                                                                           /* 0x000fe40000000f00 */
+        /*0010*/                   S2R R18, SR_CTAID.Y ;                   /* 0x0000000000127919 */
+                                                                           /* 0x000ea80000002600 */
+        /*0020*/              @!P2 IADD3.X R3, R18, 0x10, RZ, P1, !PT ;    /* 0x0000001012037810 */
+                                                                           /* 0x004fe20000ffe4ff */
+		Function : second
+        /*0000*/                   EXIT ;                                  /* 0x000000000000794d */
+                                                                           /* 0x000fea0003800000 */
+"""
+    functions = parse_sass(text)
+    assert list(functions) == [(80, "first"), (80, "second")]
+    move, special, add = functions[80, "first"]
+    assert (move.opcode, move.operands, move.stall, move.waits) == ("MOV", "R1, c[0x0][0x28]", 2, ())
+    assert (special.base, special.stall, special.write_barrier, special.read_barrier) == ("S2R", 4, 2, 7)
+    assert (add.address, add.predicate, add.opcode, add.base) == (0x20, "@!P2", "IADD3.X", "IADD3")
+    assert add.waits == (2,)
+    assert add.write_barrier == add.read_barrier == NO_BARRIER
+    assert [each.opcode for each in functions[80, "second"]] == ["EXIT"]
+
+
+def test_control_fields_survive_the_way_through_a_listing() -> None:
+    (one,) = listing(ins("LDS R0, [R1]", stall=11, write=3, read=5, wait=(0, 4)))
+    assert (one.stall, one.write_barrier, one.read_barrier, one.waits) == (11, 3, 5, (0, 4))
+
+
+def test_branch_targets() -> None:
+    code = listing("BRA 0x0", "@P1 BRA P2, 0x20", "BRA `(.L_x_1)", "EXIT")
+    assert [each.target for each in code] == [0, 0x20, None, None]
+
+
+def test_usage_of_a_library_with_two_architectures() -> None:
+    line = "  REG:{} STACK:8 SHARED:2048 LOCAL:0 CONSTANT[0]:360 TEXTURE:0"
+    text = f"arch = sm_80\n Function f:\n{line.format(10)}\narch = sm_90\n Function f:\n{line.format(12)}\n"
+    usage = parse_usage(text)
+    assert usage[80, "f"]["REG"] == 10
+    assert usage[90, "f"]["REG"] == 12
+    assert usage[90, "f"]["STACK"] == 8
+
+
+def test_ptxas_report() -> None:
+    text = """ptxas info    : Compiling entry function 'f' for 'sm_80'
+ptxas info    : Function properties for f
+    16 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 2048 bytes smem, 360 bytes cmem[0]
+ptxas info    : Function properties for g
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, 360 bytes cmem[0]
+"""
+    found = parse_ptxas(text)
+    assert (found["f"].registers, found["f"].stack, found["f"].shared, found["f"].spills) == (
+        32,
+        16,
+        2048,
+        64,
+    )
+    assert (found["g"].registers, found["g"].shared, found["g"].spills) == (10, 0, 0)
+
+
+def test_amdgcn_metadata() -> None:
+    text = """\t.amdgpu_metadata
+---
+amdhsa.kernels:
+  - .agpr_count:     4
+    .args:
+      - .name:           not_the_kernel
+        .offset:         0
+    .group_segment_fixed_size: 1024
+    .max_flat_workgroup_size: 256
+    .name:           kernel
+    .private_segment_fixed_size: 12
+    .sgpr_count:     33
+    .sgpr_spill_count: 1
+    .vgpr_count:     228
+    .vgpr_spill_count: 2
+amdhsa.version:
+  - 1
+  - 2
+...
+\t.end_amdgpu_metadata
+"""
+    found = parse_amdgcn(text)
+    assert list(found) == ["kernel"]
+    kernel = found["kernel"]
+    assert (kernel.registers, kernel.scalar_registers, kernel.stack, kernel.shared) == (228, 33, 12, 1024)
+    assert (kernel.spills, kernel.threads) == (3, 256)
+    with pytest.raises(ValueError, match="no kernel metadata"):
+        parse_amdgcn("s_endpgm")
+
+
+# Control flow
+
+
+NESTED = (
+    "MOV R0, RZ",  # 0x00
+    "IADD3 R1, R1, 0x1, RZ",  # 0x10: outer loop
+    "LDSM.16.M88.4 R8, [R0]",  # 0x20: inner loop
+    "@P1 BRA 0x60",  # 0x30: over the mask
+    "FSEL R3, R3, RZ, P2",  # 0x40: cold
+    "FSEL R3, R3, RZ, P2",  # 0x50: cold
+    HMMA,  # 0x60
+    "@P3 BRA 0x20",  # 0x70: back to the inner loop
+    "@P4 BRA 0x10",  # 0x80: back to the outer loop
+    "EXIT",  # 0x90
+    "BRA 0xa0",  # 0xa0: padding, never reached
+)
+
+
+def test_blocks_and_edges() -> None:
+    flow = graph(listing(*NESTED))
+    assert flow.blocks == [(0, 1), (1, 2), (2, 4), (4, 6), (6, 8), (8, 9), (9, 10), (10, 11)]
+    assert flow.successors == [[1], [2], [4, 3], [4], [2, 5], [1, 6], [], [7]]
+    assert flow.predecessors[2] == [1, 4]
+
+
+def test_dominators() -> None:
+    found = dominators(graph(listing(*NESTED)))
+    assert found[4] == {0, 1, 2, 4}  # the cold block 3 can be jumped over
+    assert found[6] == {0, 1, 2, 4, 5, 6}
+    assert found[7] == set()
+
+
+def test_natural_loops() -> None:
+    flow = graph(listing(*NESTED))
+    assert natural_loops(flow, dominators(flow)) == {2: ({2, 3, 4}, {4}), 1: ({1, 2, 3, 4, 5}, {5})}
+
+
+def test_only_the_innermost_tensor_loop_counts_and_its_mask_is_cold() -> None:
+    (found,) = tensor_loops(listing(*NESTED))
+    assert found.address == 0x20
+    assert [each.base for each in found.hot] == ["LDSM", "BRA", "HMMA", "BRA"]
+    assert [each.base for each in found.cold] == ["FSEL", "FSEL"]
+
+
+def test_conditional_loads_and_products_are_hot() -> None:
+    for middle in ("LDGSTS.E.128 [R0], [R2.64]", HMMA):
+        (found,) = tensor_loops(listing(HMMA, "@P1 BRA 0x30", middle, "@P0 BRA 0x0", "EXIT"))
+        assert middle.split(maxsplit=1)[0] in [each.opcode for each in found.hot][2:]
+        assert not found.cold
+
+
+def test_a_loop_without_products_is_no_tensor_loop() -> None:
+    assert tensor_loops(listing("FADD R0, R0, R1", "@P0 BRA 0x0", "EXIT")) == []
+
+
+def test_sibling_loops_and_loops_with_two_latches() -> None:
+    code = listing(HMMA, "@P0 BRA 0x0", "FADD R0, R0, R1", HMMA, "@P1 BRA 0x20", HMMA, "@P2 BRA 0x20", "EXIT")
+    first, second = tensor_loops(code)
+    assert (first.address, len(first.hot)) == (0, 2)
+    assert (second.address, len(second.hot), len(second.cold)) == (0x20, 5, 0)
+
+
+@pytest.mark.parametrize("branch", ["BRA P1, 0x0", "BRA.DIV UR4, 0x0", "BRA !UP0, 0x0", "@!P3 BRA 0x0"])
+def test_conditional_branches_fall_through(branch: str) -> None:
+    assert graph(listing(HMMA, branch, "EXIT")).successors[0] == [0, 1]
+
+
+def test_unconditional_branches_do_not() -> None:
+    assert graph(listing("BRA 0x20", "NOP", "EXIT")).successors == [[2], [2], []]
+    assert graph(listing("@PT BRA 0x20", "NOP", "EXIT")).successors == [[2], [2], []]
+
+
+# What an instruction costs
+
+
+@pytest.mark.parametrize(
+    ("text", "pipe", "cost"),
+    [
+        (HMMA, "tensor", 8),
+        ("HMMA.1688.F32 R4, R8, R12, R4", "tensor", 4),
+        ("HMMA.1688.F32.TF32 R4, R8, R12, R4", "tensor", 8),
+        ("IMMA.16832.S8.S8 R4, R8, R12, R4", "tensor", 8),
+        ("FFMA R0, R1, R2, R3", "fma", 2),
+        ("FMNMX R0, R1, R2, !PT", "alu", 2),
+        ("F2FP.BF16.PACK_AB R0, R1, R2", "alu", 2),
+        ("MUFU.EX2 R0, R1", "special", 8),
+        ("SHFL.BFLY PT, R0, R1, 0x1, 0x1f", "memory", 4),
+        ("LDSM.16.M88.4 R4, [R0]", "memory", 16),
+        ("LDSM.16.MT88.2 R4, [R0]", "memory", 8),
+        ("LDS.64 R4, [R0]", "memory", 8),
+        ("STS.U16 [R0], R4", "memory", 2),
+        ("LDG.E.LTC128B.64 R4, [R2.64]", "l2", 16),
+        ("LDGSTS.E.BYPASS.LTC128B.128 [R0], [R2.64]", "l2", 32),
+        ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R4", "l2", 8),
+    ],
+)
+def test_port_costs_on_sm_80(text: str, pipe: str, cost: float) -> None:
+    (one,) = listing(text)
+    used = pipes(one, A100)
+    assert used[pipe] == cost
+    assert used["issue"] == 1
+
+
+def test_port_costs_on_sm_90() -> None:
+    wgmma, from_registers, reduction, fma = listing(
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+        "HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR8], R24",
+        "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R4",
+        "FFMA R0, R1, R2, R3",
+        arch=90,
+    )
+    assert pipes(wgmma, H100) == {"issue": 1, "tensor": 64, "memory": 48}
+    assert pipes(from_registers, H100)["memory"] == 32
+    assert memory_bytes(reduction) == 512
+    assert pipes(fma, H100)["fma"] == 1
+
+
+def test_an_instruction_that_never_executes_costs_its_issue_slot_only() -> None:
+    (one,) = listing("@!PT LDS RZ, [RZ]")
+    assert pipes(one, A100) == {"issue": 1}
+    assert group(one) == "other"
+
+
+def test_groups() -> None:
+    texts = {
+        "IMAD.MOV.U32 R0, RZ, RZ, R1": "move",
+        "IMAD R0, R1, R2, R3": "integer",
+        "UIADD3 UR4, UR4, 1": "uniform",
+    }
+    texts |= {
+        "LDL R0, [R1]": "spill",
+        HMMA: "tensor",
+        "BAR.SYNC 0x0": "sync",
+        "FSETP.GT P0, R1, R2": "compare",
+    }
+    for text, kind in texts.items():
+        assert group(listing(text)[0]) == kind
+
+
+# The issue model. The loops are long so that what a loop's branch costs doesn't matter.
+
+
+def fraction(*body: str, warps: int = 2, block: int | None = None) -> float:
+    """Of the tensor peak, on sm_80."""
+    return report(*body, warps=warps, block=block).simulated or 0.0
+
+
+def report(*body: str, warps: int = 2, block: int | None = None, machine: int = 80) -> LoopReport:
+    (found,) = tensor_loops(listing(*body, "@P0 BRA 0x0", "EXIT"))
+    return price_loop(found, MACHINES[machine], warps, block or warps)
+
+
+def test_products_alone_reach_the_peak() -> None:
+    assert fraction(*[HMMA] * 64) == pytest.approx(1.0, abs=0.01)
+    assert fraction(*[HMMA] * 64, warps=1) == pytest.approx(1.0, abs=0.02)
+
+
+def test_mma_sync_does_not_reach_the_peak_of_sm_90() -> None:
+    assert report(*[HMMA] * 64, machine=90).simulated == pytest.approx(4 / 6.35, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("filler", "count", "want", "limiter"),
+    [
+        ("FFMA R0, R1, R2, R3", 2, 1.0, "tensor"),
+        ("FFMA R0, R1, R2, R3", 8, 8 / 16, "fma"),
+        ("FMNMX R0, R1, R2, !PT", 6, 8 / 12, "alu"),
+        ("MUFU.EX2 R0, R1", 2, 8 / 16, "special"),
+        ("LDSM.16.M88.4 R4, [R0]", 1, 8 / 16, "memory"),
+        ("LDL R0, [R1]", 3, 8 / 12, "memory"),
+        ("NOP", 15, 8 / 16, "issue"),
+    ],
+)
+def test_what_other_pipes_take(filler: str, count: int, want: float, limiter: str) -> None:
+    found = report(*[HMMA, *[filler] * count] * 32)
+    assert found.limiter == limiter
+    assert found.bound == pytest.approx(want, rel=0.01)
+    assert found.simulated == pytest.approx(want, rel=0.04)
+
+
+def test_the_simulation_never_beats_its_bound() -> None:
+    found = report(*[HMMA, "MUFU.EX2 R0, R1", "FADD R0, R1, R2", "SHFL.BFLY PT, R0, R1, 0x1, 0x1f"] * 16)
+    assert found.simulated is not None
+    assert found.bound is not None
+    assert 0.5 < found.simulated <= found.bound
+
+
+def test_a_dependency_chain_lowers_it_and_other_warps_hide_it() -> None:
+    chain = [HMMA, ins("SHFL.BFLY PT, R0, R1, 0x1, 0x1f", write=0), ins("FADD R1, R0, R1", wait=(0,))] * 16
+    alone, four = fraction(*chain, warps=1), fraction(*chain, warps=4)
+    # One warp: the shuffle's 4 + 20 cycles, then add and product, an issue slot each.
+    assert alone == pytest.approx(8 / 26, abs=0.02)
+    assert four > 0.9
+
+
+def test_stall_counts_bind_one_warp() -> None:
+    body = [ins(HMMA, stall=15)] * 32
+    assert fraction(*body, warps=1) == pytest.approx(8 / 15, abs=0.02)
+    assert report(*body).single_warp == pytest.approx(8 / 15, abs=0.02)
+    assert fraction(*body, warps=2) > 0.95
+
+
+def test_waiting_for_the_newest_copy_costs_its_latency() -> None:
+    def with_copies(left: int) -> float:
+        copy = ["LDGSTS.E.BYPASS.128 [R0], [R2.64]", "LDGDEPBAR"]
+        return fraction(*copy, f"DEPBAR.LE SB0, 0x{left:x}", *[HMMA] * 64, warps=1)
+
+    assert with_copies(1) > 0.95
+    assert with_copies(0) == pytest.approx(512 / (512 + 350 + 32), abs=0.03)
+
+
+def test_waiting_for_the_newest_warpgroup_product() -> None:
+    def with_products(left: int) -> float:
+        product = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0"
+        work = ["FFMA R0, R1, R2, R3"] * 30
+        found = report(product, f"WARPGROUP.DEPBAR.LE gsb0, 0x{left:x}", *work, warps=1, machine=90)
+        return found.simulated or 0.0
+
+    # The product takes 32 cycles and 18 to tell; the work 30, the rest of the loop 7.
+    assert with_products(1) > 0.7
+    assert with_products(0) == pytest.approx(32 / (32 + 18 + 30 + 7), abs=0.01)
+
+
+def test_barriers_tie_the_warps_of_a_block() -> None:
+    body = [
+        "BAR.SYNC 0x0",
+        *[HMMA] * 8,
+        ins("SHFL.BFLY PT, R0, R1, 0x1, 0x1f", write=0),
+        ins("NOP", wait=(0,)),
+    ]
+    tied, apart = fraction(*body, warps=2, block=2), fraction(*body, warps=2, block=1)
+    assert tied < 0.95 * apart
+
+
+def test_more_warps_never_hurt_much_and_cycles_scale() -> None:
+    body = loop(*[HMMA] * 32)
+    one, four = (cycles_per_iteration(body, A100, warps, warps) for warps in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.03)
+
+
+# Occupancy
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "blocks", "limiter"),
+    [
+        ("sm_80", 255, 0, 128, 2, "registers"),
+        ("sm_80", 168, 0, 128, 3, "registers"),
+        ("sm_80", 169, 0, 128, 2, "registers"),
+        ("sm_80", 96, 0, 128, 5, "registers"),
+        ("sm_80", 128, 0, 256, 2, "registers"),
+        ("sm_80", 32, 0, 1024, 2, "registers"),
+        ("sm_80", 16, 0, 1024, 2, "warps"),
+        ("sm_80", 24, 0, 32, 32, "blocks"),
+        ("sm_80", 64, 80 << 10, 128, 2, "shared"),
+        ("sm_80", 64, 82 << 10, 128, 1, "shared"),
+        ("sm_80", 64, 164 << 10, 128, 0, "shared"),
+        ("sm_86", 64, 49 << 10, 128, 2, "shared"),
+        ("sm_86", 24, 0, 1024, 1, "warps"),
+        ("sm_90", 64, 113 << 10, 128, 2, "shared"),
+        ("sm_120", 64, 100 << 10, 128, 0, "shared"),
+        ("gfx942", 256, 0, 256, 2, "registers"),
+        ("gfx942", 512, 0, 256, 1, "registers"),
+        ("gfx942", 64, 40 << 10, 256, 1, "shared"),
+        ("gfx950", 64, 40 << 10, 256, 4, "shared"),
+    ],
+)
+def test_occupancy(arch: str, registers: int, shared: int, threads: int, blocks: int, limiter: str) -> None:
+    found = occupancy(LIMITS[arch], registers, shared, threads)
+    assert (found.blocks, found.limiter) == (blocks, limiter)
+    assert found.warps == blocks * threads // LIMITS[arch].warp
+
+
+# Real compilers
+
+TRITON = importlib.util.find_spec("triton") is not None
+NVCC = shutil.which("nvcc")
+KERNEL = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+@triton.jit
+def product(p_a, p_b, p_c, size, BLOCK: tl.constexpr):
+    o_i, o_j = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    b_c = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, size, BLOCK):
+        b_a = tl.load(p_a + o_i[:, None] * size + (start + o_j)[None, :])
+        b_b = tl.load(p_b + (start + o_i)[:, None] * BLOCK + o_j[None, :])
+        b_c = tl.dot(b_a, b_b, b_c)
+    tl.store(p_c + o_i[:, None] * BLOCK + o_j[None, :], b_c)
+
+
+aligned = {(place,): [["tt.divisibility", 16]] for place in range(4)}
+signature = {"p_a": "*bf16", "p_b": "*bf16", "p_c": "*fp32", "size": "i32", "BLOCK": "constexpr"}
+source = ASTSource(product, signature, {"BLOCK": 64}, aligned)
+for arch in sys.argv[2:]:
+    target = GPUTarget("cuda", int(arch), 32) if arch.isdecimal() else GPUTarget("hip", arch, 64)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    kind = "cubin" if arch.isdecimal() else "amdgcn"
+    code = compiled.asm[kind]
+    with open(f"{sys.argv[1]}/{arch}.{kind}", "wb") as file:
+        file.write(code if isinstance(code, bytes) else code.encode())
+    with open(f"{sys.argv[1]}/{arch}.shared", "w") as file:
+        file.write(str(compiled.metadata.shared))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small product compiled by Triton for every architecture, in a process of its own."""
+    if not TRITON:
+        pytest.skip("triton isn't installed")
+    folder = tmp_path_factory.mktemp("triton")
+    (folder / "kernel.py").write_text(KERNEL)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, str(folder / "kernel.py"), str(folder), *map(str, CUDA_ARCHES), *HIP_ARCHES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def need_tools() -> None:
+    try:
+        tools.find("cuobjdump")
+    except tools.ToolMissing as error:
+        pytest.skip(str(error))
+
+
+def registers_read(instruction: Instruction) -> Iterator[int]:
+    """Registers among an instruction's sources: all but the first operand, except in stores and tests."""
+    operands = instruction.operands
+    if instruction.base not in ("STG", "STS", "RED", "REDG", "BAR", "ISETP", "FSETP"):
+        _, _, operands = operands.partition(",")
+    for number in re.findall(r"(?<![U\w])R(\d+)", operands):
+        yield int(number)
+
+
+@pytest.mark.parametrize("arch", CUDA_ARCHES)
+def test_control_words_protect_what_they_must(compiled: Path, need_tools: None, arch: int) -> None:
+    """No instruction reads what a load or S2R writes before it has waited for the barrier."""
+    (function,) = disassemble(compiled / f"{arch}.cubin")
+    assert function.arch == arch
+    straight = function.instructions[: graph(function.instructions).blocks[0][1]]
+    pending: dict[int, int] = {}
+    protected = 0
+    for each in straight:
+        protected += sum(barrier in each.waits for barrier in set(pending.values()))
+        pending = {register: barrier for register, barrier in pending.items() if barrier not in each.waits}
+        assert not [register for register in registers_read(each) if register in pending], str(each)
+        target = re.match(r"R(\d+)", each.operands)
+        if each.write_barrier != NO_BARRIER and target:
+            pending[int(target[1])] = each.write_barrier
+    assert protected >= 1
+    assert any(each.stall > 1 for each in straight)
+
+
+@pytest.mark.parametrize("arch", CUDA_ARCHES)
+def test_triton_for_cuda(compiled: Path, need_tools: None, arch: int) -> None:
+    shared = int((compiled / f"{arch}.shared").read_text())
+    found = price((compiled / f"{arch}.cubin").read_bytes(), "product", shared=shared)
+    limits = LIMITS[f"sm_{arch}"]
+    assert (found.arch, found.threads, found.shared) == (arch, 128, shared)
+    assert 32 <= found.registers <= limits.max_registers
+    assert found.spill_instructions == found.stack == 0
+    assert 1 <= found.ctas_per_sm <= limits.max_blocks
+    assert found.warps_per_sm == 4 * found.ctas_per_sm
+    main = max(found.loops, key=lambda each: each.tensor_instructions)
+    # 64 x 64 x 64: of four warps each does 16 x 64 x 64, 32 products of 16 x 8 x 16.
+    kind = {90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")
+    (function,) = disassemble(compiled / f"{arch}.cubin")
+    bases = {each.base for each in function.instructions} & TENSOR
+    assert bases == {kind}
+    if kind == "HMMA":
+        assert main.tensor_instructions == 32
+    if arch in MACHINES:
+        assert main.pipes["tensor"] == pytest.approx({80: 256, 90: 128}[arch])
+        assert main.simulated is not None
+        assert main.bound is not None
+        assert 0.05 < main.simulated <= 1.01 * main.bound <= 1.01
+    else:
+        assert main.simulated is main.bound is main.limiter is None
+    json.dumps(found.as_json())
+    assert f"sm_{arch}" in table([("product", found)])
+
+
+@pytest.mark.parametrize("arch", HIP_ARCHES)
+def test_triton_for_hip(compiled: Path, arch: str) -> None:
+    found = parse_amdgcn((compiled / f"{arch}.amdgcn").read_text())["product"]
+    assert 16 <= found.registers <= LIMITS[arch].max_registers
+    assert found.scalar_registers > 0
+    assert found.spills == found.stack == 0
+    assert found.threads == 256
+    shared = int((compiled / f"{arch}.shared").read_text())
+    assert occupancy(LIMITS[arch], found.registers, found.shared + shared, 256).blocks >= 1
+
+
+def test_command_line(compiled: Path, need_tools: None) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "benchmarks.sass", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    cubin, amdgcn = str(compiled / "80.cubin"), str(compiled / "gfx942.amdgcn")
+    priced = json.loads(run(cubin, "--json", "--shared", "16384"))
+    assert priced["function"] == "product"
+    assert priced["loops"][0]["simulated"] == price(cubin, shared=16384).loops[0].simulated
+    assert run(cubin).count("| product | sm_80 | 128 |") == 1
+    assert "simulated -" in run(cubin, "--details", "--no-simulation")
+    assert json.loads(run(amdgcn, "--json"))["registers"] > 0
+
+
+def test_what_cannot_be_priced(compiled: Path, need_tools: None, tmp_path: Path) -> None:
+    cubin = compiled / "80.cubin"
+    with pytest.raises(ValueError, match="one function wanted, found none"):
+        price(cubin, "no such function")
+    with pytest.raises(ValueError, match="one function wanted, found none"):
+        price(cubin, arch=90)
+    (tmp_path / "text").write_text("not a cubin")
+    with pytest.raises((RuntimeError, ValueError), match="text"):
+        price(tmp_path / "text")
+    too_much = price(cubin, shared=200 << 10)
+    assert (too_much.ctas_per_sm, too_much.occupancy_limiter, too_much.simulated) == (0, "shared", None)
+
+
+CUDA_SOURCE = """
+__global__ void __launch_bounds__(64, BLOCKS) live(float *data) {
+    float values[64];
+    #pragma unroll
+    for (int i = 0; i < 64; i++) values[i] = data[threadIdx.x + 64 * i];
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 64; i++) data[threadIdx.x + 64 * i] = values[i] * values[(i + 1) % 64];
+}
+__global__ void plain(float *data) {
+    __shared__ float tile[512];
+    tile[threadIdx.x] = data[threadIdx.x];
+    __syncthreads();
+    data[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def nvcc(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, str]]:
+    """Compiles ``CUDA_SOURCE`` with these options: the cubin, and what ptxas says."""
+    if NVCC is None:
+        pytest.skip("nvcc isn't on PATH")
+    folder = tmp_path_factory.mktemp("nvcc")
+    (folder / "kernels.cu").write_text(CUDA_SOURCE)
+
+    def compile_with(*options: str) -> tuple[Path, str]:
+        output = folder / f"{abs(hash(options))}.cubin"
+        command = [
+            str(NVCC),
+            "-cubin",
+            "-Xptxas",
+            "-v",
+            *options,
+            "-o",
+            str(output),
+            str(folder / "kernels.cu"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return output, done.stdout + done.stderr
+
+    return compile_with
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_spills_show(nvcc: Callable[..., tuple[Path, str]], need_tools: None, arch: int) -> None:
+    roomy, quiet = nvcc(f"-arch=sm_{arch}", "-DBLOCKS=1")
+    tight, complaint = nvcc(f"-arch=sm_{arch}", "-DBLOCKS=32")
+    before, after = price(roomy, "live"), price(tight, "live")
+    assert before.spill_instructions == 0
+    assert after.spill_instructions > 20
+    assert after.stack > 0
+    assert after.registers == 32
+    assert after.threads == 64
+    # ptxas counts in bytes what we count in instructions, of four bytes and more.
+    reports = {name: parse_ptxas(text) for name, text in (("roomy", quiet), ("tight", complaint))}
+    said = {
+        key: next(each for name, each in found.items() if "live" in name) for key, found in reports.items()
+    }
+    assert said["roomy"].spills == 0
+    assert said["tight"].spilled_bytes >= 4 * after.spill_instructions
+    assert said["tight"].registers == after.registers
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_shared_memory_is_the_kernels_own(
+    nvcc: Callable[..., tuple[Path, str]], need_tools: None, arch: int
+) -> None:
+    cubin, _ = nvcc(f"-arch=sm_{arch}", "-DBLOCKS=1")
+    assert price(cubin, "plain", threads=512).shared == 2048
+    assert price(cubin, "plain", threads=512, shared=1000).shared == 3048
+    assert price(cubin, "live").shared == 0
+    with pytest.raises(ValueError, match="has no launch bounds"):
+        price(cubin, "plain")
+    with pytest.raises(ValueError, match=r"one function wanted, found .*sm_"):
+        price(cubin, threads=64)
+    assert len(price_all(cubin, threads=64)) == 2

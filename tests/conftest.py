@@ -63,7 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
             ):
                 config.addinivalue_line("filterwarnings", f"ignore:{notice}:UserWarning")  # torch's kernels
     except (RuntimeError, AssertionError) as error:
-        raise pytest.UsageError(f"--device {config.getoption('--device')}: {str(error).splitlines()[0]}") from error
+        raise pytest.UsageError(
+            f"--device {config.getoption('--device')}: {str(error).splitlines()[0]}"
+        ) from error
     usable = pk.available_backends(DEVICE)
     wanted = config.getoption("--backends")
     for name in wanted.split(",") if wanted else ():
@@ -81,11 +83,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip on other devices what is about the CPU."""
-    for item in items:
+    """Skip on other devices what is about the CPU, and tests/ptx, which stands in for a GPU."""
+    for item in items if DEVICE.type != "cpu" else ():
         mark = item.get_closest_marker("cpu_only")
-        if mark is not None and DEVICE.type != "cpu":
-            item.add_marker(pytest.mark.skip(reason=f"about the CPU: {mark.args[0]}"))
+        if mark is not None or "ptx" in item.path.parts:
+            reason = mark.args[0] if mark is not None else "it executes GPU kernels in numpy"
+            item.add_marker(pytest.mark.skip(reason=f"about the CPU: {reason}"))
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,14 @@ def rows(
     ]
 
 
+@pytest.fixture(autouse=True)
+def _checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package pretends to lie in a checkout, also where the tests run against an installed copy."""
+    (tmp_path / "checkout" / "tests").mkdir(parents=True)
+    (tmp_path / "checkout" / "tests" / "conftest.py").touch()
+    monkeypatch.setattr(gpu_check, "PACKAGE", tmp_path / "checkout" / "src" / "perceiver_kernels")
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A machine with a GPU whose steps write what `reports` holds and end with the code in `codes`."""
@@ -64,6 +72,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         code = world["codes"].get(step.name, 0)
         if code == "Ctrl-C":
             raise KeyboardInterrupt
+        if code == "SIGTERM":
+            signal.raise_signal(signal.SIGTERM)
         return code
 
     monkeypatch.setattr(steps, "execute", execute)
@@ -158,10 +168,11 @@ def test_failures_are_recorded_and_the_rest_runs(
     assert "Verdict: failed" in out
 
 
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_interrupted_it_keeps_what_it_has(
-    pretended: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    how: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    pretended["codes"] = {"bench train_128": "Ctrl-C"}
+    pretended["codes"] = {"bench train_128": how}
     code, _, result = checked(capsys, tmp_path)
     assert code == 130
     assert result["verdict"] == "interrupted"

@@ -4,7 +4,7 @@ In order: doctor, the whole test suite on the GPU, compute-sanitizer over a smal
 against torch's attention and flash-attn. Each step is a command in a process of its own, so that what breaks
 one leaves the others alone; what can't run is recorded as missing. Everything goes to gpu-check.json and
 gpu-check.png in the output folder. Exit code 0: nothing failed; 1: something did; 2: there is no usable GPU.
-Ctrl-C keeps what was measured so far.
+Ctrl-C, or SIGTERM, keeps what was measured so far.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.markup import escape
@@ -41,9 +43,7 @@ PEERS = ("torch-sdpa", "torch-flex", *GPU_PEERS)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZED = ("ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dead_example",
              "offset_per_example_masked", "softcap", "dropout", "packed")  # fmt: skip
-KERNELS = (
-    "attention|combine_splits|reduce_slabs"  # this package's: what torch's own kernels do is not asked here
-)
+KERNELS = "attention|combine_splits|reduce_slabs"  # this package's alone, by their names
 QUICK_CASES = ("train", "grouped", "decode")
 COLORS = {
     "passed": "green",
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
     path = args.output / "gpu-check.json"
     found = inventory(args.device)
     result |= {"device": args.device, "inventory": found, "steps": [], "rows": [], "verdict": "interrupted"}
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         print_inventory(found)
         if not all(item["found"] for item in found if item["needed"]):
@@ -97,11 +98,17 @@ def run(args: argparse.Namespace, result: Result) -> int:
         result["verdict"] = "failed" if bad else "passed"
         return int(bad)
     finally:
+        signal.signal(signal.SIGTERM, before)
         write_json(path, result)  # first of all: drawing can break
         draw(result, args.output / "gpu-check.png")
         write_json(path, result)
         print_summary(result)
         out.print(f"Verdict: {result['verdict']}. All of it is in {path}", soft_wrap=True)
+
+
+def terminated(number: int, frame: FrameType | None) -> None:
+    """A polite end, by `timeout` say, is Ctrl-C: the running step is told, and what was measured is kept."""
+    raise KeyboardInterrupt
 
 
 def ours(device: str) -> list[str]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perceiver_kernels.backends.triton.configs import Device
 from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_gradients, empty_outputs
 
 MAX_HEAD_DIM = 256
-_INTERPRETER_SLOTS = 6  # so that the interpreter, too, splits
+_INTERPRETER_PROCESSORS = 6  # so that the interpreter, too, splits
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -52,14 +54,13 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, laid out as :func:`perceiver_kernels.spec.empty_outputs` says."""
-    launch, configs = _modules()
     out, lse = empty_outputs(query, value)
-    inputs = [_channels_contiguous(tensor) for tensor in (query, key, value)]
-    arch, processors = _device(query.device)
-    problem = launch.make_problem(query, key, value, spec)
-    config = configs.forward_config(problem.rows, max(problem.D, problem.DV), query.element_size(), arch)
-    for kernel in launch.forward_launches(*inputs, out, lse, spec, config, processors):
-        kernel.run()
+    query, key, value = _operands(query, key, value)
+    result = out if out.dtype == query.dtype else torch.empty_like(out, dtype=query.dtype)
+    with _on(query.device):
+        for kernel in _launch().forward_launches(query, key, value, result, lse, spec, _device(query.device)):
+            kernel.run()
+    _deliver(out, result)
     return out, lse
 
 
@@ -74,37 +75,47 @@ def backward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` from the residuals."""
-    launch, configs = _modules()
     gradients = empty_gradients(query, key, value)
-    outputs = tuple(_channels_contiguous(tensor) for tensor in gradients)
-    dout, query, key, value, out = (_channels_contiguous(tensor) for tensor in (dout, query, key, value, out))
-    arch, processors = _device(query.device)
-    problem = launch.make_problem(query, key, value, spec)
-    config = configs.backward_config(problem.rows, max(problem.D, problem.DV), query.element_size(), arch)
-    residuals = (query, key, value, out, lse.contiguous())
-    for kernel in launch.backward_launches(dout, dlse, *residuals, outputs, spec, config, processors):
-        kernel.run()
-    for gradient, output in zip(gradients, outputs, strict=True):
-        if gradient is not output:
-            gradient.copy_(output)
+    results = tuple(_operands(*gradients))
+    dout, query, key, value, out = _operands(dout, query, key, value, out)
+    residuals = (query, key, value, out, lse)
+    with _on(query.device):
+        for kernel in _launch().backward_launches(dout, dlse, *residuals, results, spec, _device(query.device)):
+            kernel.run()
+    for gradient, result in zip(gradients, results, strict=True):
+        _deliver(gradient, result)
     return gradients
 
 
-def _modules() -> tuple[Any, Any]:
-    """The kernels are imported with the first call: triton is optional, and importing it takes a second."""
-    from perceiver_kernels.backends.triton import configs, launch
+def _launch() -> Any:
+    """The kernels come with the first call: triton is optional, and importing it takes a second."""
+    from perceiver_kernels.backends.triton import launch
 
-    return launch, configs
+    return launch
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on torch's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.lru_cache(maxsize=64)
-def _device(device: torch.device) -> tuple[str, int]:
+def _device(device: torch.device) -> Device:
     if device.type == "cpu":
-        return "interpreter", _INTERPRETER_SLOTS
+        return Device("interpreter", _INTERPRETER_PROCESSORS)
     properties = torch.cuda.get_device_properties(device)
     arch = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return arch, properties.multi_processor_count
+    return Device(arch.split(":")[0], properties.multi_processor_count)
 
 
-def _channels_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+def _operands(*tensors: Tensor) -> list[Tensor]:
+    """What the kernels take: head dims contiguous; under the interpreter, which multiplies the bit patterns of
+    bfloat16 instead of its values (Triton issue 11584), float32 in its place."""
+    if tensors[0].dtype == torch.bfloat16 and tensors[0].device.type == "cpu":
+        return [tensor.float().contiguous() for tensor in tensors]
+    return [t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors]
+
+
+def _deliver(tensor: Tensor, result: Tensor) -> None:
+    if tensor is not result:
+        tensor.copy_(result)

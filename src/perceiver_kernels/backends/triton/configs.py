@@ -5,6 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of tiles and splits may depend on: ``sm_80``, ``gfx942`` ..., and its processor count."""
+
+    arch: str
+    processors: int
+
 
 @dataclass(frozen=True)
 class Config:
@@ -14,6 +24,11 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+
+    @property
+    def programs(self) -> int:
+        """How many of them a processor is expected to hold at a time: registers for 8 warps."""
+        return max(1, 8 // self.num_warps)
 
 
 SHORT_ROWS = 16  # up to so many packed rows a program has nothing but these, and many keys
@@ -35,19 +50,19 @@ def head_parts(dim: int, longest: int) -> tuple[int, int]:
     return whole // 2, padded(dim - whole // 2)
 
 
-def forward_config(rows: int, head_dim: int, itemsize: int, arch: str) -> Config:
+def forward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
     dim = padded(head_dim)
     if rows <= SHORT_ROWS:
-        return Config(16, 64 if itemsize == 2 else 32, 4, 2)
-    if itemsize == 4:
+        return Config(16, 32 if dtype == torch.float32 else 64, 4, 2)
+    if dtype == torch.float32:
         return Config(32, 32, 4 if dim <= 64 else 8, 1)
     return {256: Config(64, 32, 8, 2), 128: Config(128, 64, 8, 2)}.get(dim, Config(128, 64, 4, 2))
 
 
-def backward_config(rows: int, head_dim: int, itemsize: int, arch: str) -> Config:
+def backward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
     dim = padded(head_dim)
     block_m = 16 if rows <= SHORT_ROWS else 32
-    if itemsize == 4:
+    if dtype == torch.float32:
         return Config(block_m, 32, 8, 1)
     return Config(block_m, {256: 32, 128: 64}.get(dim, 128), 8, 2)
 

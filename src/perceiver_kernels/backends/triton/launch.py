@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
-from perceiver_kernels.backends.triton.configs import Config, head_parts, parts
-from perceiver_kernels.spec import MAX_FACTOR, AttentionSpec
+from perceiver_kernels.backends.triton.configs import Config, Device, backward_config, forward_config, head_parts, parts
+from perceiver_kernels.spec import AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
@@ -144,14 +144,15 @@ def _natural_score(problem: Problem) -> bool:
 
 
 def forward_launches(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec,
-    config: Config, slots: int,
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, device: Device,
+    config: Config | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels that fill ``out`` and ``lse``; partial results live until the iterator is exhausted."""
     problem = make_problem(query, key, value, spec)
+    config = config or forward_config(problem.rows, max(problem.D, problem.DV), problem.dtype, device.arch)
     row_blocks, key_blocks = -(-problem.rows // config.block_m), -(-problem.N // config.block_n)
     programs = row_blocks * problem.B * problem.Hkv
-    splits = min(_fixed_parts() or parts(programs, key_blocks, slots), max(key_blocks, 1))
+    splits = min(_fixed_parts() or parts(programs, key_blocks, device.processors * config.programs), max(key_blocks, 1))
     split_blocks = -(-key_blocks // splits) if splits else 0
     if splits == 1:
         part, part_lse = out, lse
@@ -200,10 +201,11 @@ def _fixed_parts() -> int:
 
 def backward_launches(
     dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor], spec: AttentionSpec, config: Config, slots: int,
+    gradients: tuple[Tensor, Tensor, Tensor], spec: AttentionSpec, device: Device, config: Config | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels that fill ``(dq, dk, dv)``; delta and the slabs live until the iterator is exhausted."""
     problem = make_problem(query, key, value, spec)
+    config = config or backward_config(problem.rows, max(problem.D, problem.DV), problem.dtype, device.arch)
     dq, dk, dv = gradients
     tile = config.block_m
     row_blocks = -(-problem.M // tile)
@@ -228,7 +230,7 @@ def backward_launches(
     key_blocks = -(-problem.N // config.block_n)
     dims = sum(head_parts(problem.D, _BACKWARD_PART))
     most = max(1, min(key_blocks, SLAB_BYTES // max(tiles * tile * dims * 4, 1)))
-    runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, slots), most)
+    runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs), most)
     run_blocks = max(1, -(-key_blocks // runs))
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0

@@ -1,0 +1,95 @@
+"""The package's Triton kernels, compiled for sm_80, executed on the machine: right values and not one finding."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from perceiver_kernels.spec import empty_gradients, empty_outputs
+from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
+from perceiver_kernels.testing.cases import Case
+from perceiver_kernels.testing.inputs import Inputs, make_inputs
+from ptx.findings import Report
+from ptx.machine import Empty
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+from perceiver_kernels.backends.triton import launch as launches  # noqa: E402
+from perceiver_kernels.backends.triton.compile import compile_launch  # noqa: E402
+from perceiver_kernels.backends.triton.configs import Device  # noqa: E402
+from ptx.triton_ptx import launch_triton  # noqa: E402
+
+WRITTEN = {  # what each kernel writes; to the others the same names are inputs
+    "attention_forward": ("p_out", "p_lse"),
+    "combine_splits": ("p_out", "p_lse"),
+    "attention_delta": ("p_shift", "p_delta"),
+    "attention_backward": ("p_slabs", "p_dk", "p_dv"),
+    "reduce_slabs": ("p_dq",),
+}
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+CASES: list[tuple[torch.dtype, Case]] = [
+    (BF16, Case("ragged", 1, 2, 2, 70, 150)),
+    (F16, Case("ragged_128", 1, 1, 1, 70, 150, 128, 128)),
+    (BF16, Case("split_128", 1, 1, 1, 150, 530, 128, 128)),
+    (F16, Case("split", 1, 1, 1, 40, 700)),
+    (BF16, Case("grouped", 1, 6, 2, 33, 101)),
+    (F16, Case("masked", 2, 1, 1, 40, 130, key_mask="random")),
+    (BF16, Case("masked_dead", 2, 1, 1, 40, 130, 128, 128, key_mask="dead_example")),
+    (F16, Case("offsets", 2, 2, 1, 33, 90, q_offset="per_example")),
+    (BF16, Case("offset_before_all", 1, 1, 1, 70, 90, q_offset=-30)),
+    (BF16, Case("softcap", 1, 1, 1, 40, 130, softcap=2.0)),
+    (F16, Case("dropout", 1, 2, 1, 40, 130, 128, 128, dropout_p=0.2)),
+    (BF16, Case("not_causal", 1, 1, 1, 130, 70, is_causal=False)),
+    (F16, Case("decode", 1, 4, 1, 1, 530)),
+    (BF16, Case("decode_128", 2, 8, 2, 1, 300, 128, 128, key_mask="left_padding")),
+    (BF16, Case("packed", 1, 2, 1, 0, 0, lengths=((5, 40), (33, 33), (0, 7), (4, 0), (40, 90)))),
+    (F16, Case("odd_dims", 1, 1, 1, 40, 70, 96, 40, scale=-0.2)),
+    (BF16, Case("all_options", 2, 4, 2, 21, 77, 64, 64, True, "per_example", "random", 0.4, 2.0, 0.3, "transposed")),
+    (F32, Case("float32", 1, 2, 1, 20, 50, 64, 64)),
+]  # fmt: skip
+
+
+def execute(launch: launches.Launch) -> Report | None:
+    """Run a launch on the machine; what it is to write counts as unwritten before."""
+    if 0 in launch.grid:
+        return None
+    kernel = compile_launch(launch, "sm_80")
+    arguments = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments.get(parameter.name)
+        specialised = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or specialised:
+            continue
+        if parameter.name in WRITTEN[launch.kernel.__name__]:
+            value.untyped_storage().fill_(0xFF) if value.numel() else None
+            value = Empty(value)
+        arguments.append(value)
+    return launch_triton(kernel, launch.grid, arguments)
+
+
+def run(inputs: Inputs) -> dict[str, Tensor]:
+    spec, device = inputs.spec(), Device("sm_80", 3)
+    query, key, value = inputs.query, inputs.key, inputs.value
+    out, lse = empty_outputs(query, value)
+    for launch in launches.forward_launches(query, key, value, out, lse, spec, device):
+        execute(launch)
+    gradients = empty_gradients(query, key, value)
+    residuals = (query, key, value, out, lse)
+    for launch in launches.backward_launches(inputs.dout, inputs.dlse, *residuals, gradients, spec, device):
+        execute(launch)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "case"), CASES, ids=[f"{case.name}" for _, case in CASES])
+def test_forward_and_backward(dtype: torch.dtype, case: Case) -> None:
+    inputs = make_inputs(case, dtype)
+    got, want, plain = run(inputs), reference64(inputs), math_reference(inputs)
+    for name in got:
+        limit = budget(plain[name], want[name], dtype)
+        error = relative_error(got[name], want[name])
+        assert error <= limit, f"{name}: error {error:.2e}, budget {limit:.2e}"

@@ -57,11 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             DEVICE = torch.zeros((), device=DEVICE).device  # "cuda" is "cuda:0", as messages name it
             torch.set_default_device(DEVICE)
-            for notice in (
+            for notice in (  # about torch's own kernels
                 ".* does not have a deterministic implementation",
                 ".* non-deterministic algorithm",
+                "TensorFloat32 tensor cores",
             ):
-                config.addinivalue_line("filterwarnings", f"ignore:{notice}:UserWarning")  # torch's kernels
+                config.addinivalue_line("filterwarnings", f"ignore:{notice}:UserWarning")
     except (RuntimeError, AssertionError) as error:
         raise pytest.UsageError(
             f"--device {config.getoption('--device')}: {str(error).splitlines()[0]}"

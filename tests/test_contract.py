@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BY_NAME, DTYPE_NAMES, USABLE, answers, refusal
+from conftest import BY_NAME, DEVICE, DTYPE_NAMES, OURS, USABLE, answers, refusal
 
 from perceiver_kernels.spec import empty_outputs
 from perceiver_kernels.testing.budget import relative_error
@@ -78,7 +78,7 @@ def test_transposed_views_and_copies_give_the_same_bits() -> None:
     inputs, _ = answers(BY_NAME["transposed_grouped"], torch.float32)
     tensors = (inputs.query, inputs.key, inputs.value)
     copies = tuple(t.contiguous() for t in tensors)
-    for backend in USABLE:
+    for backend in USABLE if DEVICE.type == "cpu" else OURS:  # a GPU's matmuls depend on strides
         views, plain = inputs.attend(*tensors, backend), inputs.attend(*copies, backend)
         assert torch.equal(views[0], plain[0]), backend
         assert torch.equal(views[1], plain[1]), backend

@@ -236,7 +236,7 @@ def weigh(problem: Problem, candidate: Candidate) -> int | None:
         return measure.weigh(
             problem.case, problem.dtype, problem.backward, candidate.name, candidate.way, problem.device
         )
-    except RuntimeError as error:
+    except Exception as error:  # triton's errors share no base with torch's
         problem.notes[candidate.name]["memory_error"] = str(error)
         return None
 

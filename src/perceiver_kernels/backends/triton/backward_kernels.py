@@ -23,11 +23,11 @@ from perceiver_kernels.backends.triton.primitives import (
     load_rows,
     offset_of,
     score,
-    score_grad,
     sequence,
     store_part,
     store_rows,
     times,
+    times_score_grad,
     visible,
     zero_rows,
 )
@@ -204,7 +204,7 @@ def add_tile(
         b_dp = tl.where(m_kept, b_dp * keep_factor, 0.0)
         b_pz = tl.where(m_kept, b_p * keep_factor, 0.0)
     b_dv = add_weighted(b_dv, b_pz, b_dout, DV1, PRECISION)
-    b_ds = b_p * (b_dp - b_delta[None, :]) * score_grad(b_s, softcap, HAS_SOFTCAP)
+    b_ds = times_score_grad(b_p * (b_dp - b_delta[None, :]), b_s, softcap, HAS_SOFTCAP)
     if IS_EDGE or HAS_KEY_MASK:
         b_ds = tl.where(m_s, b_ds, 0.0)
     b_ds = b_ds.to(b_q[0].dtype)

@@ -159,12 +159,12 @@ def score(b_s, scale, softcap, IS_WIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr)
 
 
 @triton.jit
-def score_grad(b_s, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The derivative of the soft cap, from its result."""
+def times_score_grad(b_ds, b_s, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Times the derivative of the soft cap, from its result ``b_s``."""
     if HAS_SOFTCAP:
         b_t = b_s / softcap
-        return 1.0 - b_t * b_t
-    return 1.0
+        return b_ds * (1.0 - b_t * b_t)
+    return b_ds
 
 
 @triton.jit

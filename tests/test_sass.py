@@ -395,7 +395,30 @@ def test_barriers_tie_the_warps_of_a_block() -> None:
     assert tied < 0.95 * apart
 
 
-def test_more_warps_never_hurt_much_and_cycles_scale() -> None:
+def test_a_barrier_takes_its_time() -> None:
+    assert fraction("BAR.SYNC 0x0", *[HMMA] * 8, warps=1) == pytest.approx(64 / (25 + 57 + 6), abs=0.02)
+
+
+def test_operands_are_held_until_they_are_read() -> None:
+    body = [HMMA, ins("STS.128 [R0], R4", read=1), ins("NOP", wait=(1,))]
+    assert fraction(*body, warps=1) == pytest.approx(8 / (1 + 16 + 4 + 7), abs=0.01)
+
+
+def test_a_pipe_accepts_little_ahead_of_its_service() -> None:
+    # 64 cycles of MUFU. The first product can go when the last MUFU has got in, two ahead of its service.
+    assert fraction(*["MUFU.EX2 R0, R1"] * 8, *[HMMA] * 8, warps=1) == pytest.approx(
+        64 / (49 + 57 + 6), abs=0.02
+    )
+
+
+def test_loads_share_the_l2_bandwidth() -> None:
+    loads = [ins("LDG.E.128 R4, [R2.64]", write=barrier) for barrier in range(4)]
+    found = report(*loads, *[HMMA] * 7, ins(HMMA, wait=range(4)), warps=8)
+    assert found.limiter == "l2"
+    assert found.simulated == pytest.approx(0.5, abs=0.03)
+
+
+def test_cycles_scale_with_warps() -> None:
     body = loop(*[HMMA] * 32)
     one, four = (cycles_per_iteration(body, A100, warps, warps) for warps in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.03)
@@ -412,6 +435,7 @@ def test_more_warps_never_hurt_much_and_cycles_scale() -> None:
         ("sm_80", 169, 0, 128, 2, "registers"),
         ("sm_80", 96, 0, 128, 5, "registers"),
         ("sm_80", 128, 0, 256, 2, "registers"),
+        ("sm_80", 104, 0, 32, 16, "registers"),
         ("sm_80", 32, 0, 1024, 2, "registers"),
         ("sm_80", 16, 0, 1024, 2, "warps"),
         ("sm_80", 24, 0, 32, 32, "blocks"),
@@ -547,7 +571,7 @@ def test_triton_for_cuda(compiled: Path, need_tools: None, arch: int) -> None:
         assert main.bound is not None
         assert 0.05 < main.simulated <= 1.01 * main.bound <= 1.01
     else:
-        assert main.simulated is main.bound is main.limiter is None
+        assert (main.simulated, main.bound, main.limiter) == (None, None, None)
     json.dumps(found.as_json())
     assert f"sm_{arch}" in table([("product", found)])
 
@@ -561,6 +585,15 @@ def test_triton_for_hip(compiled: Path, arch: str) -> None:
     assert found.threads == 256
     shared = int((compiled / f"{arch}.shared").read_text())
     assert occupancy(LIMITS[arch], found.registers, found.shared + shared, 256).blocks >= 1
+
+
+def test_warps_of_a_block_are_simulated_together(compiled: Path, need_tools: None) -> None:
+    cubin = compiled / "80.cubin"
+    found = price(cubin, threads=256)
+    (function,) = disassemble(cubin)
+    main, warps = tensor_loops(function.instructions)[0], found.warps_per_sm // 4
+    assert found.loops[0].cycles == price_loop(main, A100, warps, 2).cycles
+    assert found.loops[0].cycles != price_loop(main, A100, warps, 1).cycles
 
 
 def test_command_line(compiled: Path, need_tools: None) -> None:
@@ -643,7 +676,7 @@ def test_spills_show(nvcc: Callable[..., tuple[Path, str]], need_tools: None, ar
     tight, complaint = nvcc(f"-arch=sm_{arch}", "-DBLOCKS=32")
     before, after = price(roomy, "live"), price(tight, "live")
     assert before.spill_instructions == 0
-    assert after.spill_instructions > 20
+    assert min(after.resources.spill_loads, after.resources.spill_stores) > 10
     assert after.stack > 0
     assert after.registers == 32
     assert after.threads == 64

@@ -33,7 +33,6 @@ class Resources:
 class Limits:
     """What one SM (NVIDIA) or compute unit (AMD) has."""
 
-    shared_per_block: int  # bytes, with opt-in
     shared_per_sm: int  # bytes
     max_warps: int
     max_blocks: int
@@ -42,19 +41,24 @@ class Limits:
     shared_reserved: int = SYSTEM_SHARED  # bytes per block
     max_registers: int = 255  # per thread
 
+    @property
+    def shared_per_block(self) -> int:
+        """Bytes that one block may have (NVIDIA: with opt-in)."""
+        return self.shared_per_sm - self.shared_reserved
+
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 # AMD: CDNA 3 and CDNA 4 ISA documents: 4 SIMDs of 64 lanes and 8 waves, 512 VGPRs per lane (ordinary and
 # accumulation together); LDS 64 KiB, 160 KiB on CDNA 4.
 LIMITS: dict[str, Limits] = {
-    "sm_80": Limits(163 << 10, 164 << 10, 64, 32),
-    "sm_86": Limits(99 << 10, 100 << 10, 48, 16),
-    "sm_89": Limits(99 << 10, 100 << 10, 48, 24),
-    "sm_90": Limits(227 << 10, 228 << 10, 64, 32),
-    "sm_100": Limits(227 << 10, 228 << 10, 64, 32),
-    "sm_120": Limits(99 << 10, 100 << 10, 48, 24),
-    "gfx942": Limits(64 << 10, 64 << 10, 32, 32, 4 * 64 * 512, 64, 0, 512),
-    "gfx950": Limits(160 << 10, 160 << 10, 32, 32, 4 * 64 * 512, 64, 0, 512),
+    "sm_80": Limits(164 << 10, 64, 32),
+    "sm_86": Limits(100 << 10, 48, 16),
+    "sm_89": Limits(100 << 10, 48, 24),
+    "sm_90": Limits(228 << 10, 64, 32),
+    "sm_100": Limits(228 << 10, 64, 32),
+    "sm_120": Limits(100 << 10, 48, 24),
+    "gfx942": Limits(64 << 10, 32, 32, 4 * 64 * 512, 64, 0, 512),
+    "gfx950": Limits(160 << 10, 32, 32, 4 * 64 * 512, 64, 0, 512),
 }
 _REGISTER_UNIT = 8  # per thread: registers are handed out in eights on both makers' machines
 _PARTITIONS = 4  # each with a quarter of the registers; a warp lives in one
@@ -79,8 +83,6 @@ def occupancy(limits: Limits, registers: int, shared: int, threads: int) -> Occu
         "warps": limits.max_warps // warps,
         "blocks": limits.max_blocks,
     }
-    if shared > limits.shared_per_block:
-        fit["shared"] = 0
     limiter = min(fit, key=fit.__getitem__)
     return Occupancy(fit[limiter], fit[limiter] * warps, limiter)
 

@@ -30,7 +30,7 @@ def op(*names: str) -> Callable[[Builder], Builder]:
 
 
 class Build:
-    """One instruction being bound. It notes which registers are read and written, and which modifiers were used."""
+    """One instruction being bound. It notes which registers it reads and writes, and the modifiers used."""
 
     def __init__(self, wave: Wave, instr: Instr, pc: int) -> None:
         self.wave = wave

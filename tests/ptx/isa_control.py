@@ -297,7 +297,7 @@ def _warp_sync(b: Build) -> Body:
 
 @op("membar", "fence")
 def _fence(b: Build) -> Body:
-    """Orders one thread's own accesses, which are in order here anyway; it does not make other threads wait."""
+    """Orders one thread's own accesses, as they are here anyway; it makes no other thread wait."""
     while b.take("gl", "cta", "sys", "gpu", "sc", "acq_rel", "proxy", "async", "level"):
         pass
     return lambda mask: None

@@ -76,7 +76,7 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _fma_f64(a: Array, b: Array, c: Array) -> Array:
-    """One rounding, through x86's 80-bit floats: 64 bits of mantissa, so two roundings in rare halfway cases."""
+    """Rounded by way of x86's 80-bit floats: 64 bits of mantissa, so twice in rare halfway cases."""
     if np.finfo(np.longdouble).nmant < 63:
         return a * b + c
     # Dekker's product keeps every bit of a*b; the sum is then formed in the wide type.

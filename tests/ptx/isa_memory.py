@@ -19,9 +19,9 @@ _SPACES = ("global", "shared", "local", "const", "param")
 _WINDOWS = (("shared", 0x7000), ("local", 0x7100), ("const", 0x7200), ("param", 0x7300))
 _TYPES = ("b8", "u8", "s8", *INTS, "b16", "b32", "b64", "f32", "f64", "b128")
 _HINTS = (
-    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
-    "L1::evict_last", "L1::no_allocate", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B", "L2::evict_first",
-    "L2::evict_last", "L2::evict_normal", "unified",
+    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L1::evict_normal", "L1::evict_unchanged",
+    "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::cache_hint", "L2::64B", "L2::128B",
+    "L2::256B", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "unified",
 )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def _cvta(b: Build) -> Body:
     source = b.src(Imm(b.wave.symbol(operand, b)) if isinstance(operand, Sym) else 1, kind)
     if kind == "u32":
         raise b.unknown("32-bit generic addresses")
-    offset = np.uint64(0) - window if to else window
+    offset = np.uint64(-int(window) % (1 << 64)) if to else window
     return b.alu(lambda x: x + offset, b.dst(0, kind), source)
 
 

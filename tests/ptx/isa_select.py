@@ -15,7 +15,8 @@ from .lanes import BYTES, DTYPES, Array, Mask
 from .parser import Imm, Operand, Reg, Sym, Vec
 
 _ORDERED: dict[str, Any] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal,
     "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 _ALWAYS = (*_ORDERED, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
@@ -47,7 +48,7 @@ def comparison(name: str, kind: str) -> Callable[[Array, Array], Array]:
 
 
 def _compare(b: Build) -> tuple[Callable[..., Array], list[Array], str, str]:
-    """Comparison, flush-to-zero and the boolean combination that setp and set share; the first type is left."""
+    """What setp and set share: comparison, flush to zero, boolean combination, types."""
     name = b.need(*_ALWAYS)
     combine, ftz = b.take("and", "or", "xor"), b.flag("ftz")
     out_kind = b.kind() if b.instr.op == "set" else "pred"
@@ -178,7 +179,7 @@ def _mov(b: Build) -> Body:
     if isinstance(source, Vec):
         return _pack(b, source.items, kind)
     if kind == "pred":
-        return b.alu(np.positive if False else _copy, b.dst(0, "pred"), b.src(1, "pred"))
+        return b.alu(_copy, b.dst(0, "pred"), b.src(1, "pred"))
     bits = f"b{8 * BYTES[kind]}"
     dst = b.dst(0, bits)
     if isinstance(source, Sym):

@@ -1,4 +1,4 @@
-"""launch(): a kernel's arguments into machine memory, its blocks in waves, the results back into the arrays."""
+"""launch(): a kernel's arguments into machine memory, its blocks in waves, the results back again."""
 
 from __future__ import annotations
 
@@ -52,10 +52,12 @@ def launch(
     max_lanes: int = MAX_LANES,
     limit: int = 5_000_000,
 ) -> Report:
-    """Run `kernel` of the PTX text. Arrays (numpy, or torch on the CPU) are passed as pointers and changed in place;
+    """Run `kernel` of the PTX text.
+
+    Arrays (numpy, or torch on the CPU) are passed as pointers and changed in place;
     `Empty(array)` counts as unwritten; numbers follow the parameter's type; None is a null pointer.
 
-    The first finding is raised, or with `collect` all that leave something to go on with are in the report's list.
+    The first finding is raised; with `collect`, all are in the report, up to one that ends the kernel.
     `shared` is the size of the extern shared array, `limit` the longest run of one wave in instructions.
     """
     machine = Machine(ptx, kernel, _dim(grid), _dim(block), args, shared, collect, max_lanes, limit)

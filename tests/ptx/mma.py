@@ -1,7 +1,7 @@
 """Tensor core instructions: mma.sync and ldmatrix, with the fragment layouts of the PTX manual.
 
-Products are exact and sums are formed in float64, then rounded once to the accumulator's type. The hardware keeps
-fewer bits and sums in an order of its own, so its result differs in the last bits.
+Products are exact and sums are formed in float64, then rounded once to the accumulator's type. The hardware
+keeps fewer bits and sums in an order of its own, so its result differs in the last bits.
 """
 
 from __future__ import annotations

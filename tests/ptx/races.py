@@ -1,9 +1,9 @@
 """Who touched each granule of memory, and when: the race checker.
 
-Every access is stamped with a time (a counter of memory instructions) and a thread. Two accesses of different threads
-to one granule, at least one of them a write, need a barrier between them. `Order` knows what barriers have ordered:
-per thread the time of the last barrier of its whole block, and, for the rarer barriers of some warps or of one warp's
-lanes, vector clocks. A cp.async writes at time `NEVER`, until its thread waits for it.
+Every access is stamped with a time (a counter of memory instructions) and a thread. Two accesses of different
+threads to one granule, at least one of them a write, need a barrier between them. `Order` knows what barriers
+have ordered: per thread the time of the last barrier of its whole block, and, for the rarer barriers of some
+warps or of one warp's lanes, vector clocks. A cp.async writes at time `NEVER`, until its thread waits for it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Order:
         self.now += 1
 
     def ordered(self, lanes: Array, stamps: Array) -> Array:
-        """Do accesses with these stamps come before what the lanes do now, by barriers of warps or within them?"""
+        """Do barriers of warps, or within them, put accesses with these stamps before what lanes do now?"""
         if not self.partial:
             return np.zeros(len(lanes), np.bool_)
         threads = self.lanes.threads
@@ -131,7 +131,7 @@ class Shadow:
         return recent
 
     def mark_many(self, lanes: Array, at: Array, old: Array, recent: Array) -> None:
-        """Several threads read these granules since the last barrier: note their warp, or that they are many."""
+        """Several threads read these granules since the last barrier: note their warp, or their number."""
         order = self.order
         time = np.int64(order.now) << SHIFT
         warp = time | WARP | (order.id[lanes] - order.lanes.lane[lanes])
@@ -158,8 +158,10 @@ class Shadow:
         same: Same = _never,
         pending: bool = False,
     ) -> Array | None:
-        """Lanes write granules `at`. Returns those that several write at once, for the caller to compare values;
-        `same` tells which of the granules given hold what is written already, and then writes don't conflict."""
+        """Lanes write granules `at`. Returns those that several write at once: the caller compares values.
+
+        `same` tells which granules hold already what is written; then two writes don't conflict.
+        """
         order = self.order
         me, since = order.id[lanes], order.since[lanes]
         last, reader = self.written.take(at), self.read_by.take(at)
@@ -197,7 +199,7 @@ class Shadow:
         does: str,
         did: str,
     ) -> None:
-        """Of the accesses that no block barrier has ordered, report the first that nothing else orders either."""
+        """Of accesses that no block barrier has ordered, report the first that nothing else orders either."""
         order = self.order
         threads = order.lanes.threads
         bad = late & ((stamps & WHO) != order.id[lanes])

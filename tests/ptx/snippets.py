@@ -57,5 +57,5 @@ def evaluate(code: str, inputs: list[Array], out: Any = np.uint32, threads: int 
     lines.append(f"mul.wide.u32 %rd20, %r1, {size}; add.u64 %rd20, %rd20, %rd{len(inputs) + 1};")
     lines.append(f"st.global.b{8 * size} [%rd20], %d;")
     run("\n".join(lines), *inputs, result, block=count)
-    array: Array = result.array
-    return array
+    values: Array = result.array
+    return values

@@ -323,7 +323,8 @@ def test_diverged_shuffle() -> None:
     "instruction",
     [
         "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [smem];",
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r3,%r3}, {%r3}, {%f0,%f0,%f0,%f0};",
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f1,%f2,%f3,%f4}, {%r3,%r3}, {%r3},"
+        "{%f0,%f0,%f0,%f0};",
     ],
 )
 def test_diverged_warp_at_an_aligned_instruction(instruction: str) -> None:

@@ -1,7 +1,7 @@
 """A wave: as many blocks as run side by side, their registers and private memory, and the scheduler.
 
-Lanes at the lowest instruction run first, together; in structured code that brings diverged lanes together again
-where their paths meet. While all lanes agree there are no masks at all.
+Lanes at the lowest instruction run first, together; in structured code that brings diverged lanes together
+again where their paths meet. While all lanes agree there are no masks at all.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class Wave:
                 if not full[slot]:
                     settled = False
                     uninitialised(slot, mask)
-            result = body(mask.copy() if mask is not None and mask is pred else mask)
+            if mask is not None and mask is pred:
+                mask = mask.copy()
+            result = body(mask)
             for slot in writes:
                 if not full[slot]:
                     row = lanes.init[slot]

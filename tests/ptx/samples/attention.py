@@ -1,4 +1,4 @@
-"""A small flash attention in Triton, causal and aligned at the bottom right, as something real to run and to break."""
+"""A small flash attention in Triton, causal from the bottom right, as something real to run and to break."""
 
 import triton
 import triton.language as tl

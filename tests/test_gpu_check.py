@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
-from test_cli import _consoles, run  # noqa: F401  (the fixture applies here, too)
+from test_cli import TINY, _consoles, run  # noqa: F401  (the fixture applies here, too)
 
-from perceiver_kernels.cli import charts, gpu, gpu_check, measure, parser, steps
+import perceiver_kernels as pk
+from perceiver_kernels.cli import bench, charts, gpu, gpu_check, measure, parser, steps
 from perceiver_kernels.cli.steps import Step, run_step
+from perceiver_kernels.testing import peers
 from perceiver_kernels.testing.cases import BENCH_CASES, Case
 from perceiver_kernels.testing.inputs import make_inputs
 
@@ -73,7 +75,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         if code == "Ctrl-C":
             raise KeyboardInterrupt
         if code == "SIGTERM":
-            signal.raise_signal(signal.SIGTERM)
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)  # `timeout` sends it twice
         return code
 
     monkeypatch.setattr(steps, "execute", execute)
@@ -313,6 +318,59 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch)
                 measure.ways(peer, make_inputs(case, torch.bfloat16), False)
         with pytest.raises(measure.Unsupported, match="float16 and bfloat16"):
             measure.ways(peer, make_inputs(Case(""), torch.float32), False)
+
+
+@pytest.mark.cpu_only("stands in for a GPU; there test_cli.py tries the real ways")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch explains why a kernel is not for a problem
+def test_sdpa_tries_every_kernel_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_has_several_kernels", lambda device: True)
+    inputs = make_inputs(Case("", H=4, Hkv=2, M=5, N=20, D=8, Dv=8, scale=0.3), torch.float32)
+    want, _ = inputs.attend(inputs.query, inputs.key, inputs.value, "reference")
+    right = []
+    for way, attend in measure.ways("torch-sdpa", inputs, False).items():
+        try:
+            got = attend(inputs.query, inputs.key, inputs.value)
+        except RuntimeError:  # a CPU has two of the four
+            continue
+        torch.testing.assert_close(got, want)
+        right.append(way)
+    assert {"bool mask, math", "float mask, repeated heads, flash_attention"} <= set(right)
+    assert any(way.startswith("lower-right bias") for way in right)
+    square = make_inputs(Case("", M=7, N=7, q_offset=2), torch.float32)
+    assert not any("lower-right" in way for way in measure.ways("torch-sdpa", square, False))
+
+
+@pytest.mark.cpu_only("stands in for a GPU")
+def test_bench_on_a_pretended_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    on_the_cpu = {"cuda": "cpu"}
+    for module in (bench, measure):
+        monkeypatch.setattr(
+            module, "make_inputs", lambda c, dtype, d, seed: make_inputs(c, dtype, on_the_cpu[d])
+        )
+    available = pk.available_backends
+    monkeypatch.setattr(pk, "available_backends", lambda device: available(on_the_cpu[device]))
+    monkeypatch.setattr(gpu, "why_not", lambda: None)
+    monkeypatch.setattr(gpu, "facts", lambda: CARD)
+    monkeypatch.setattr(gpu, "clock", measure.clock)
+    monkeypatch.setattr(gpu, "launch_time", lambda call: 3e-5)
+    monkeypatch.setattr(gpu, "matmul_rate", lambda dtype: 7e5)
+    monkeypatch.setattr(gpu, "read_bandwidth", lambda: 4e3)
+    monkeypatch.setattr(gpu, "peak_growth", lambda call: call()[0].numel())
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    names = ["--backends", "reference", "torch-sdpa", "flash-attn"]
+    code, out, _ = run(capsys, "bench", *TINY, "--device", "cuda", "--dtype", "bfloat16", *names, *files)
+    assert code == 0
+    assert "launch" in out
+    assert "flash-attn is left out" in out
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["device"] == "cuda"
+    for row in result["rows"]:
+        if row["candidate"] != "flash-attn":
+            assert (row["device"], row["launch_s"], row["peak_gflops"]) == ("cuda", 3e-5, 7e5)
+            assert row["peak_extra_bytes"] == 2 * 4 * 8  # out alone: H 2, M 4, D 8
+    assert (tmp_path / "b.png").stat().st_size > 0
 
 
 def test_a_way_that_computes_something_else_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
 
 def terminated(number: int, frame: FrameType | None) -> None:
     """A polite end, by `timeout` say, is Ctrl-C: the running step is told, and what was measured is kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
     raise KeyboardInterrupt
 
 

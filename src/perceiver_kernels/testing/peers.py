@@ -95,7 +95,7 @@ def torch_sdpa(
         spec.is_causal and square and spec.key_mask is None
     ):  # the one case where torch's top-left flag means the same
         ways |= {"is_causal" + h: attention(None, True, repeat) for h, repeat in heads.items()}
-    if query.device.type == "cpu":
+    if not _has_several_kernels(query.device):
         return ways
     by_kernel = {
         f"{w}, {kernel.lower()}": _with_kernel(kernel, ways[w]) for kernel in SDPA_KERNELS for w in ways
@@ -110,6 +110,10 @@ def torch_sdpa(
             for kernel in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION")
         }
     return by_kernel
+
+
+def _has_several_kernels(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _with_kernel(kernel: str, attend: Attend) -> Attend:

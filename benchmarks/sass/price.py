@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import issue
-from .flow import GROUP_TENSOR, TENSOR, Loop, tensor_loops
+from .flow import TENSOR, WARP_TENSOR, Loop, tensor_loops
 from .listing import Function, disassemble
 from .machines import MACHINES, Machine, group, pipes
 from .resources import LIMITS, Resources, occupancy
@@ -76,7 +76,7 @@ class Report:
 
     @property
     def simulated(self) -> float | None:
-        """The slowest loop's fraction: what a kernel with several loops is sure to reach."""
+        """The slowest loop's fraction."""
         fractions = [loop.simulated for loop in self.loops if loop.simulated is not None]
         return min(fractions, default=None)
 
@@ -101,11 +101,8 @@ def price_loop(
         for instruction in loop.hot:
             used.update(pipes(instruction, machine))
         limiter, busiest = max(used.items(), key=lambda item: item[1])
-        warp_products = any(
-            each.base in TENSOR and each.base not in GROUP_TENSOR and "tensor" in pipes(each, machine)
-            for each in loop.hot
-        )
-        peak = machine.warp_mma_at_peak / machine.warp_mma if warp_products else 1.0
+        by_warps = any(each.base in WARP_TENSOR for each in loop.hot)
+        peak = machine.warp_mma_at_peak / machine.warp_mma if by_warps else 1.0
         work = used["tensor"] * peak
         bound, single = work / busiest, work / stalls
         if simulate and warps:

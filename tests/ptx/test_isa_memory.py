@@ -86,7 +86,8 @@ def test_initialised_globals_and_their_addresses() -> None:
         .global .align 4 .f32 real = 0f40000000;
         .global .align 8 .u64 link = generic(counter);"""
     code = """mov.u64 %rd5, counter; ld.global.u32 %r2, [%rd5]; add.u32 %r2, %r2, 1;
-        st.global.u32 [%rd1], %r2; ld.global.u64 %rd6, [link]; ld.u32 %r3, [%rd6]; st.global.u32 [%rd1+4], %r3;
+        st.global.u32 [%rd1], %r2; ld.global.u64 %rd6, [link];
+        ld.u32 %r3, [%rd6]; st.global.u32 [%rd1+4], %r3;
         ld.global.f32 %f1, [real]; cvt.rzi.u32.f32 %r4, %f1; st.global.u32 [%rd1+8], %r4;"""
     run(code, out, block=1, outside=globals_)
     assert list(out) == [42, 41, 2]

@@ -72,7 +72,7 @@ def test_mutants_of_a_cuda_kernel() -> None:
         return np.allclose(c.array, want, rtol=1e-4, atol=1e-4)
 
     assert right(ptx)
-    result = score(mutants(ptx, "matmul_f16", PER_RULE, reports[0].executed, rules), right)
+    result = score(mutants(ptx, "matmul_f16", 10, reports[0].executed, rules), right)
     print(result)
     assert result.total >= 40
     assert not result.survivors, str(result)

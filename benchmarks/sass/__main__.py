@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from .price import price_all
@@ -30,29 +31,31 @@ def main() -> None:
     arguments = parser.parse_args()
 
     for path in arguments.files:
-        if path.suffix in (".s", ".amdgcn"):
-            for name, resources in parse_amdgcn(path.read_text()).items():
-                print(
-                    json.dumps({"function": name} | vars(resources))
-                    if arguments.json
-                    else f"{name}: {resources}"
-                )
-            continue
-        reports = price_all(
-            path,
-            arguments.function,
-            arguments.threads,
-            arguments.shared,
-            arguments.arch,
-            not arguments.no_simulation,
-        )
+        try:
+            print("\n".join(_lines(path, arguments)))
+        except (OSError, ValueError, RuntimeError) as error:
+            parser.exit(1, f"{path}: {error}\n")
+
+
+def _lines(path: Path, arguments: argparse.Namespace) -> list[str]:
+    if path.suffix in (".s", ".amdgcn"):
+        found = parse_amdgcn(path.read_text()).items()
         if arguments.json:
-            for report in reports:
-                print(json.dumps({"file": str(path)} | report.as_json()))
-        elif arguments.details:
-            print("\n".join(details(report) for report in reports))
-        else:
-            print(table((report.function, report) for report in reports))
+            return [json.dumps({"function": name} | asdict(resources)) for name, resources in found]
+        return [f"{name}: {resources}" for name, resources in found]
+    reports = price_all(
+        path,
+        arguments.function,
+        arguments.threads,
+        arguments.shared,
+        arguments.arch,
+        not arguments.no_simulation,
+    )
+    if arguments.json:
+        return [json.dumps({"file": str(path)} | report.as_json()) for report in reports]
+    if arguments.details:
+        return [details(report) for report in reports]
+    return [table((report.function, report) for report in reports)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .collector import no_collection
 from .findings import Finding, Report
 from .lanes import Array, Lanes
 from .memory import POISON, UNWRITTEN, WRITTEN, Space
@@ -61,17 +62,23 @@ def launch(
     `shared` is the size of the extern shared array, `limit` the longest run of one wave in instructions.
     """
     machine = Machine(ptx, kernel, _dim(grid), _dim(block), args, shared, collect, max_lanes, limit)
-    return machine.run()
+    try:
+        return machine.run()
+    finally:
+        machine.release()
 
 
 @lru_cache(maxsize=32)
 def parsed(ptx: str) -> Module:
-    return parse(ptx)
+    with no_collection():
+        return parse(ptx)
 
 
 @lru_cache(maxsize=64)
 def _program(ptx: str, kernel: str) -> Program:
-    return flatten(parsed(ptx), kernel)
+    module = parsed(ptx)
+    with no_collection():
+        return flatten(module, kernel)
 
 
 def _dim(value: Dim) -> tuple[int, int, int]:
@@ -255,6 +262,13 @@ class Machine:
         lines = [instr.line for instr in wave.code]
         self.report.executed = {lines[pc] for pc in np.flatnonzero(self.executed)}
         return self.report
+
+    def release(self) -> None:
+        """Closures and the wave refer to one another: let go of the memory now, not at the next collection."""
+        self.wave.bound.clear()
+        self.wave.fast.clear()
+        self.wave.code_steps.clear()
+        self.spaces.clear()
 
 
 class _Host:

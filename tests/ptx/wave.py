@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import isa_control, isa_float, isa_int, isa_memory, isa_select, isa_warp, mma  # noqa: F401  (fill the table)
+from .collector import no_collection
 from .findings import Finding, Unsupported
 from .isa import BUILDERS, Body, Build
 from .lanes import Array, Lanes, Mask
@@ -61,9 +62,11 @@ class Wave:
         self.code = [*program.code, Instr("exit", (), (), None, program.code[-1].line, "(end of the kernel)")]
         self.bound: list[Any] = []
         self.fast: list[Any] = []
-        for pc, instr in enumerate(self.code):
-            self.bound.append(self.bind(pc, instr))
+        with no_collection():  # thousands of live closures: the collector would walk them all, over and over
+            for pc, instr in enumerate(self.code):
+                self.bound.append(self.bind(pc, instr))
         self.first_block = 0
+        self.code_steps: list[Any] = []
 
     make_copy = staticmethod(Copy)
 
@@ -99,13 +102,12 @@ class Wave:
         """Until all registers concerned have values in all lanes, look at which of them do."""
         lanes, reads, writes = self.lanes, sorted(build.reads), sorted(build.writes)
         pred_slot = lanes.slots[instr.pred.name] if instr.pred else -1
-        names = list(lanes.slots)
 
         def uninitialised(slot: int, mask: Mask) -> None:
             missing = ~lanes.init[slot] if mask is None else mask & ~lanes.init[slot]
             if missing.any():
                 lane = int(np.flatnonzero(missing)[0])
-                self.report(instr, "uninitialised", f"register {names[slot]} has no value", lane)
+                self.report(instr, "uninitialised", f"register {list(lanes.slots)[slot]} has no value", lane)
 
         def step(mask: Mask) -> Any:
             full = lanes.full

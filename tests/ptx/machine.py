@@ -264,7 +264,7 @@ class Machine:
         return self.report
 
     def release(self) -> None:
-        """Closures and the wave refer to one another: let go of the memory now, not at the next collection."""
+        """Closures and the wave refer to one another: free the memory now, not at the next collection."""
         self.wave.bound.clear()
         self.wave.fast.clear()
         self.wave.code_steps.clear()

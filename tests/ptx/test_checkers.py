@@ -221,6 +221,22 @@ def test_a_block_that_reads_what_another_wrote(lanes: int, writer: int) -> None:
     run(body, words(), grid=1)
 
 
+def test_a_block_overwrites_what_another_read_long_before() -> None:
+    """The writer's own later read must not hide the other block's."""
+    body = """setp.eq.u32 %p1, %r1, 0; mov.u32 %r2, %ctaid.x; setp.eq.and.u32 %p2, %r2, 1, %p1;
+        bar.sync 0; @%p1 ld.global.u32 %r3, [%rd1]; bar.sync 0; @%p2 st.global.u32 [%rd1], 5;"""
+    for lanes in (32, 64):
+        finds("race", "block|other threads read", body, words(), grid=2, max_lanes=lanes)
+
+
+def test_an_arrival_orders_only_what_came_before_it() -> None:
+    body = """setp.ge.u32 %p1, %r1, 32; @%p1 bra $consume;
+        st.shared.u32 [smem], 1; bar.arrive 1, 64; st.shared.u32 [smem+4], 2; ret;
+        $consume: bar.sync 1, 64; ld.shared.u32 %r2, [smem{}];"""
+    run(body.format(""), words(), block=64, shared=8)
+    finds("race", "reads what", body.format("+4"), words(), block=64, shared=8)
+
+
 def test_threads_of_a_block_in_global_memory() -> None:
     body = GLOBAL + "st.global.u32 [%rd10], %r1; {} xor.b64 %rd11, %rd10, 4; ld.global.u32 %r2, [%rd11];"
     finds("race", "reads what", body.format(""), words())

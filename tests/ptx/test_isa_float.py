@@ -103,12 +103,11 @@ def test_fma_f64() -> None:
 
 
 def test_fma_of_an_exact_tie() -> None:
-    """1 + 2^-24 is half way; a tiny third part decides, though float64 can't hold the sum."""
-    one, step = np.float32(1), np.float32(2.0**-12)
-    tiny = np.float32(2.0**-80)
-    a = np.array([step, step, one, one], np.float32)
-    b = np.array([step, step, tiny, -tiny], np.float32)
-    c = np.array([one, -one, one + np.float32(2.0**-23), one], np.float32)
+    """2^-24 beside 1 is half way; a part 2^46 times smaller decides, though float64 can't hold the sum."""
+    one, step, unit = np.float32(1), np.float32(2.0**-12), np.float32(2.0**-23)
+    a = np.array([step, step, step * (1 + unit), -step * (1 + unit)], np.float32)
+    b = np.array([step, step, step * (1 - unit), step * (1 - unit)], np.float32)
+    c = np.array([one, -one, one + unit, -one - unit], np.float32)
     got = evaluate("fma.rn.f32 %d, %a0, %a1, %a2;", [x.view(np.uint32) for x in (a, b, c)]).view(np.float32)
     want = [
         rounded(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)), "f32")

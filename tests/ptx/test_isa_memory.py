@@ -112,6 +112,15 @@ def test_atomics_on_one_address(op: str, start: int, want: int, form: str) -> No
     assert x[0] == want
 
 
+def test_atomics_on_many_addresses() -> None:
+    x = np.arange(64, dtype=np.uint32) // 2 * 1000
+    code = "shr.u32 %r2, %r1, 1; mul.wide.u32 %rd10, %r2, 8; add.u64 %rd10, %rd10, %rd1; "
+    run(code + "red.global.add.u32 [%rd10], %r1;", x, block=64)
+    pair = np.arange(32) * 1000 + 4 * np.arange(32) + 1
+    np.testing.assert_array_equal(x[::2], pair)
+    np.testing.assert_array_equal(x[1::2], np.arange(32) * 1000)
+
+
 def test_atomics_return_what_was_there() -> None:
     x = np.array([10], np.uint32)
     out = empty(64, np.uint32)

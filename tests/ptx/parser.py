@@ -12,7 +12,7 @@ _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+)|(?P<newline>\n)|(?P<comment>//[^\n]*|/\*.*?\*/)|(?P<string>"[^"]*")
     |(?P<number>0[fF][0-9a-fA-F]{8}\b|0[dD][0-9a-fA-F]{16}\b|0[xX][0-9a-fA-F]+U?|0[bB][01]+U?
        |\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+U?)
-    |(?P<name>[%$_A-Za-z][\w$]*(?:(?:\.|::)[\w$]+)*)|(?P<directive>\.\w+(?:(?:\.|::)\w+)*)
+    |(?P<name>[%$_A-Za-z][\w$]*(?:(?:\.|::)[\w$]+)*)|(?P<directive>\.\w+(?:::\w+)*)
     |(?P<punct>[{}()\[\],;:|!@+\-<>=*~])""",
     re.VERBOSE | re.DOTALL,
 )

@@ -82,6 +82,9 @@ class _Flattener:
         results = operands.pop(0).names if isinstance(operands[0], Args) else ()
         target = operands.pop(0)
         args = operands.pop(0).names if operands and isinstance(operands[0], Args) else ()
+        if target == Sym("__assertfail"):
+            self.program.code.append(replace(instr, op="trap", mods=(), operands=()))
+            return
         callee = self.module.functions.get(target.name) if isinstance(target, Sym) else None
         if callee is None or operands or instr.pred is not None:
             raise Unsupported(f"PTX line {instr.line}: indirect, external or predicated call: {instr.text}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ptx.findings import Report
+from ptx.findings import Finding, Report
 from ptx.floats import bf16_to_f32, f32_to_bf16
 from ptx.lanes import Array
 from ptx.machine import empty, launch
@@ -79,6 +80,56 @@ def test_matmul(name: str, rows: int, columns: int, depth: int) -> None:
     grid = (-(-rows // 64), -(-columns // 32))
     launch(ptx_of("matmul"), f"matmul_{name}", grid, 128, [a, b, c, rows, columns, depth])
     np.testing.assert_allclose(c.array, decode(a, name) @ decode(b, name).T, rtol=1e-5, atol=1e-5)
+
+
+@needs_nvcc
+def test_packed_halves_of_the_headers() -> None:
+    rng = np.random.default_rng(6)
+    a, b = (
+        rng.standard_normal((2, 32, 2)).astype(np.float16),
+        f32_to_bf16(rng.standard_normal((128,)).astype(np.float32)),
+    )
+    out_a, out_b = empty((5, 32, 2), np.float16), empty((5, 32, 2), np.uint16)
+    args = [a, b, out_a, out_b]
+    launch(ptx_of("library"), "halves", 1, 32, [*args, 1])
+    (x, y), (u, v) = a.astype(np.float64), bf16_to_f32(b).astype(np.float64).reshape(2, 32, 2)
+    want_a = [np.maximum(x * y + x, 0), np.maximum(x, y), np.exp2(x), np.clip(x * y, 0, 1), np.tanh(x)]
+    np.testing.assert_allclose(out_a.array, want_a, rtol=2e-3, atol=1e-3)
+    want_b = [u * v + u, np.minimum(u, v), u - v, np.exp(u), np.abs(u)]
+    np.testing.assert_allclose(bf16_to_f32(out_b.array), want_b, rtol=8e-3, atol=1e-6)
+    with pytest.raises(Finding, match="trapped"):  # assert(n > 0)
+        launch(ptx_of("library"), "halves", 1, 32, [*args, 0])
+
+
+@needs_nvcc
+def test_cooperative_groups() -> None:
+    out = empty((6, 64), np.int32)
+    launch(ptx_of("library"), "groups", 1, 64, [out])
+    t = np.arange(64)
+    sums = 8 * (t // 8 * 8) + 28
+    ranks = np.where(t % 2, t % 32 // 2 * 100 + 16, -1)
+    want = [sums, sums[t ^ 1], np.full(64, 22 + 1000), np.full(64, 16 + 496), t ^ 3, ranks]
+    np.testing.assert_array_equal(out.array, want)
+
+
+@needs_nvcc
+def test_pipeline_intrinsics() -> None:
+    x = np.random.default_rng(7).standard_normal((4, 64, 4)).astype(np.float32)
+    out = empty(x.shape, np.float32)
+    launch(ptx_of("library"), "pipeline", 1, 64, [x, out, 4])
+    np.testing.assert_array_equal(out.array, x[:, ::-1])
+
+
+@needs_nvcc
+def test_functions_of_the_maths_library() -> None:
+    x = (np.random.default_rng(8).standard_normal(64) * 4).astype(np.float32)
+    out = empty((64, 12), np.float32)
+    launch(ptx_of("library"), "functions", 1, 64, [x, out])
+    z, m = x.astype(np.float64), np.abs(x.astype(np.float64))
+    erf, lgamma = ([f(v) for v in z] for f in (math.erf, lambda v: math.lgamma(abs(v) + 3)))
+    far = np.cos((x * np.float32(1e6)).astype(np.float64))
+    want = [np.exp(z), z / 3, np.tanh(z), erf, m**1.5, np.log1p(m), 1 / (z + 50), m**-0.5, np.fmod(z, 0.25)]
+    np.testing.assert_allclose(out.array.T, [*want, np.cbrt(z), lgamma, far], rtol=1e-5, atol=1e-6)
 
 
 def encode(x: Array, name: str) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .findings import Unsupported
 from .lanes import DTYPES, Array, Lanes, Mask
-from .parser import Instr, Operand, Pair, Reg, Vec
+from .syntax import Instr, Operand, Pair, Reg, Vec
 
 if TYPE_CHECKING:
     from .wave import Wave

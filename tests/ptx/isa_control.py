@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .isa import Body, Build, op
+from .isa_warp import members
 from .lanes import Array, Mask
-from .parser import Imm, Reg, Sym
+from .syntax import Imm, Reg, Sym
 
 if TYPE_CHECKING:
     from .wave import Wave
+
+
+@dataclass
+class Barrier:
+    """One barrier of one block, while some of its threads are there."""
+
+    lanes: list[Array] = field(default_factory=list)  # waiting
+    places: list[int] = field(default_factory=list)  # and from which instruction
+    warps: dict[int, int] = field(default_factory=dict)  # arrived, when
+    arrived: int = 0
+    expected: int | None = None
 
 
 @op("bra")
@@ -212,8 +225,6 @@ def arrive(
     waits: bool,
     aligned: bool,
 ) -> None:
-    from .wave import Barrier
-
     barrier = wave.barriers.setdefault((block, ident), Barrier())
     if barrier.expected != expected and barrier.arrived:
         wave.report(wave.code[pc], "barrier", f"barrier {ident} with different thread counts", int(lanes[0]))
@@ -284,8 +295,6 @@ def _bar_red(b: Build) -> Body:
 
 
 def _warp_sync(b: Build) -> Body:
-    from .isa_warp import members
-
     check, wave = members(b, 0), b.wave
 
     def body(mask: Mask) -> Any:

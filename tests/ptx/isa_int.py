@@ -9,7 +9,7 @@ import numpy as np
 
 from .isa import Body, Build, op
 from .lanes import BYTES, CARRY, DTYPES, Array, Mask
-from .parser import Imm, Reg
+from .syntax import Imm, Reg
 
 INTS = ("u16", "s16", "u32", "s32", "u64", "s64")
 _DOUBLE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from . import floats
-from .findings import Unsupported
 from .isa import Body, Build, op
 from .isa_int import INTS
 from .lanes import BYTES, DTYPES, Array, Mask
 from .memory import Space
-from .parser import Imm, Mem, Operand, Reg, Sym
+from .syntax import Imm, Mem, Operand, Sym
 
 _SPACES = ("global", "shared", "local", "const", "param")
 _WINDOWS = (("shared", 0x7000), ("local", 0x7100), ("const", 0x7200), ("param", 0x7300))
@@ -44,7 +41,7 @@ class Address:
     def __init__(self, b: Build, operand: Operand, space: str | None) -> None:
         if not isinstance(operand, Mem):
             raise b.unknown("an address was expected")
-        self.b, self.wave, self.instr = b, b.wave, b.instr
+        self.wave = b.wave
         self.fixed: int | None = None
         self.row: Array | None = None
         self.offset = operand.offset
@@ -228,167 +225,3 @@ def _isspacep(b: Build) -> Body:
         return high == windows[space or ""]
 
     return b.alu(fn, b.dst(0, "pred"), b.src(1, "u64"))
-
-
-# Atomics
-
-_ATOMIC: dict[str, Callable[[Any, Any], Any]] = {
-    "add": lambda x, y: x + y, "min": np.minimum, "max": np.maximum, "and": lambda x, y: x & y,
-    "or": lambda x, y: x | y, "xor": lambda x, y: x ^ y, "exch": lambda x, y: y,
-    "inc": lambda x, y: np.where(x >= y, x.dtype.type(0), x + x.dtype.type(1)),
-    "dec": lambda x, y: np.where((x == 0) | (x > y), y, x - x.dtype.type(1)),
-}  # fmt: skip
-
-
-@op("atom", "red")
-def _atom(b: Build) -> Body:
-    returns = b.instr.op == "atom"
-    ordering(b)
-    space, policy = space_of(b), hints(b)
-    what = b.need(*_ATOMIC, "cas")
-    noftz = b.flag("noftz")
-    kind = b.kind("b32", "b64", "b16", *INTS, "f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
-    if ("16" in kind and kind[0] in "fb" and kind != "b16") != noftz:
-        raise b.unknown(".noftz belongs to 16-bit float atomics")
-    first = 1 if returns else 0
-    b.count(first + (3 if what == "cas" else 2) + policy)
-    out = None if not returns or b.operand(0) == Sym("_") else b.dst(0, kind)
-    address, wave, instr = Address(b, b.operand(first), space), b.wave, b.instr
-    values = b.src(first + 1, kind)
-    other = b.src(first + 2, kind) if what == "cas" else None
-    size, combine = BYTES[kind], _ATOMIC.get(what)
-    if combine and "16" in kind and kind != "b16":
-        plain = combine
-        combine = lambda x, y: floats.narrow(plain(floats.widen(x, kind), floats.widen(y, kind)), kind)  # noqa: E731
-
-    def apply(old: Array, lanes: Array) -> Array:
-        if other is not None:
-            return np.where(old == values[lanes], other[lanes], old)
-        assert combine is not None
-        return np.asarray(combine(old, values[lanes])).astype(old.dtype)
-
-    def body(mask: Mask) -> None:
-        for where, lanes, at, _ in address.resolve(mask, size):
-            report = wave.reporter(instr, where)
-            if where.shadow is not None:  # a read and a write of one thread, strong
-                who, granule = where.granules(lanes, at, size)
-                base = where.granule
-                tell = lambda kind, text, lane, g: report(kind, text, lane, g * base)  # noqa: E731, B023
-                where.shadow.write(who, granule, True, tell)
-            where.check_state(lanes, at, size, 3, report)
-            cells = where.data.view(np.uint8)
-            # Lanes that meet at one address take turns; each round has distinct addresses.
-            left = np.arange(len(lanes))
-            while len(left):
-                _, once = np.unique(at[left], return_index=True)
-                turn = left[once]
-                index = at[turn][:, None] + np.arange(size)
-                old = cells[index].view(values.dtype)
-                old = old if values.ndim == 2 else old[:, 0]
-                fresh = apply(old, lanes[turn])
-                if out is not None:
-                    out[lanes[turn]] = old
-                cells[index] = np.ascontiguousarray(fresh).reshape(len(turn), -1).view(np.uint8)
-                left = np.delete(left, once)
-
-    return body
-
-
-# cp.async
-
-
-@op("cp")
-def _cp(b: Build) -> Body:
-    b.need("async")
-    wave, instr = b.wave, b.instr
-    if b.flag("commit_group"):
-
-        def commit(mask: Mask) -> None:
-            wave.group[slice(None) if mask is None else mask] += 1
-
-        return commit
-    if b.flag("wait_all"):
-        return lambda mask: wait(wave, mask, None)
-    if b.flag("wait_group"):
-        allowed = b.operand(0)
-        assert isinstance(allowed, Imm)
-        keep = int(allowed.value)
-        return lambda mask: wait(wave, mask, keep)
-    if b.mods and b.mods[0] in ("bulk", "mbarrier", "reduce"):
-        raise b.unknown("not an sm_80 cp.async")
-    cache = b.need("ca", "cg")
-    if b.take("shared", "shared::cta") is None or not b.flag("global"):
-        raise b.unknown("cp.async goes from .global to .shared")
-    policy = hints(b)
-    operands = list(b.instr.operands)
-    if policy:
-        operands.pop()
-    size_operand = operands[2]
-    assert isinstance(size_operand, Imm)
-    size = int(size_operand.value)
-    if size not in ((16,) if cache == "cg" else (4, 8, 16)):
-        raise b.unknown(f"cp.async.{cache} of {size} bytes")
-    target, source = Address(b, operands[0], "shared"), Address(b, operands[1], "global")
-    given: Array | None = None
-    ignore: tuple[Array, bool] | None = None
-    if len(operands) > 3:
-        extra = operands[3]
-        if isinstance(extra, Reg) and b.lanes.rows[extra.name].dtype == np.bool_:
-            ignore = b.pred(extra)
-        else:
-            given = b.src(extra, "u32")
-    shared, source_space = wave.spaces["shared"], wave.spaces["global"]
-
-    def body(mask: Mask) -> None:
-        lanes, to = target.values(mask)
-        into = shared.locate(lanes, to, size, wave.copy_of["shared"])
-        _, origin = source.values(mask)
-        values = np.zeros((len(lanes), size), np.uint8)
-        amount = np.full(len(lanes), size, np.int64) if given is None else given[lanes].astype(np.int64)
-        if ignore is not None:
-            amount = np.where(ignore[0][lanes] ^ ignore[1], 0, amount)
-        if amount.max() > size:
-            raise wave.finding(
-                instr, "out-of-bounds", f"src-size {amount.max()} of a {size}-byte cp.async", 0
-            )
-        report = wave.reporter(instr, source_space)
-        for each in np.unique(amount):
-            if each == 0:
-                continue
-            some = slice(None) if (amount == each).all() else np.flatnonzero(amount == each)
-            who = lanes[some]
-            at = source_space.locate(who, origin[some], size if each == size else 1, None)
-            if each == size:
-                values[some] = source_space.load(who, at, size, report)
-            else:
-                for byte in range(int(each)):
-                    values[some, byte] = source_space.load(who, at + byte, 1, report)[:, 0]
-        shared.begin_async(lanes, into, size, wave.reporter(instr, shared))
-        wave.copies.append(wave.make_copy(lanes, into, values, wave.group[lanes]))
-
-    return body
-
-
-def wait(wave: Any, mask: Mask, keep: int | None) -> None:
-    """Deliver the copies of all but the last `keep` groups of each lane (None: also those not committed)."""
-    order, shared = wave.order, wave.spaces["shared"]
-    left = []
-    for copy in wave.copies:
-        due = (
-            np.ones(len(copy.lanes), np.bool_) if keep is None else copy.group < wave.group[copy.lanes] - keep
-        )
-        if mask is not None:
-            due &= mask[copy.lanes]
-        if due.all():
-            shared.land(copy.lanes, copy.at, copy.values)
-            continue
-        if due.any():
-            shared.land(copy.lanes[due], copy.at[due], copy.values[due])
-            rest = ~due
-            copy = wave.make_copy(copy.lanes[rest], copy.at[rest], copy.values[rest], copy.group[rest])
-        left.append(copy)
-    wave.copies[:] = left
-    order.now += 1
-
-
-__all__ = ["Unsupported"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from .isa import Body, Build, op
 from .lanes import DTYPES, Array, Mask
-from .parser import Imm, Sym
+from .syntax import Imm, Sym
 
 _ALL = 0xFFFFFFFF
 

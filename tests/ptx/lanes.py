@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .findings import Unsupported
-from .parser import Imm, Instr, Operand, Reg
+from .syntax import Imm, Instr, Operand, Reg
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_] | None  # None: every lane
@@ -48,7 +48,7 @@ class Lanes:
             self.rows[name] = np.zeros(n, np.bool_ if kind == "pred" else WIDTHS[size])
         self.init = np.zeros((len(self.slots), n), np.bool_)
         self.full = [False] * len(self.slots)
-        self.constants: dict[tuple[Any, bytes], Array] = {}
+        self.constants: dict[tuple[str, bytes, bool], Array] = {}
         thread = np.arange(n, dtype=np.uint32) % np.uint32(self.threads)
         self.thread = thread.astype(np.int64)
         self.block_of = np.arange(n, dtype=np.int64) // self.threads

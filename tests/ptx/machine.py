@@ -14,9 +14,10 @@ from .collector import no_collection
 from .findings import Finding, Report
 from .lanes import Array, Lanes
 from .memory import POISON, UNWRITTEN, WRITTEN, Space
-from .parser import SIZES, Instr, Module, Variable, parse
+from .parser import parse
 from .program import Program, flatten
 from .races import Shadow
+from .syntax import SIZES, Instr, Module, Variable
 from .wave import Wave
 
 GLOBAL_BASE = 0x0010_0000_0000

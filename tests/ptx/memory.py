@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from .findings import Finding
 from .lanes import WIDTHS, Array
 from .races import PENDING, Report, Shadow
 
@@ -176,6 +175,3 @@ class Fault(Exception):
 
 def _byte_report(report: Report, granule: int) -> Report:
     return lambda kind, message, lane, at: report(kind, message, lane, at * granule)
-
-
-__all__ = ["Fault", "Finding", "Space"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .findings import Finding
-from .parser import Instr, Mem, parse
+from .parser import parse
+from .syntax import Instr, Mem
 
 
 @dataclass(frozen=True)

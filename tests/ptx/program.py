@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .findings import Unsupported
-from .parser import Args, Function, Instr, Mem, Module, Operand, Pair, Reg, Sym, Variable, Vec
+from .syntax import Args, Function, Instr, Mem, Module, Operand, Pair, Reg, Sym, Variable, Vec
 
 
 @dataclass
@@ -79,9 +79,9 @@ class _Flattener:
 
     def call(self, instr: Instr, stack: tuple[str, ...]) -> None:
         operands = list(instr.operands)
-        results = operands.pop(0).names if isinstance(operands[0], Args) else ()
+        results = _names(operands)
         target = operands.pop(0)
-        args = operands.pop(0).names if operands and isinstance(operands[0], Args) else ()
+        args = _names(operands)
         if target == Sym("__assertfail"):
             self.program.code.append(replace(instr, op="trap", mods=(), operands=()))
             return
@@ -99,6 +99,15 @@ class _Flattener:
         self.place(callee, f"{callee.name}#{self.copies}/", bound, stack)
 
 
+def _names(operands: list[Operand]) -> tuple[Operand, ...]:
+    """The parenthesised list that comes next, if one does."""
+    if operands and isinstance(operands[0], Args):
+        first = operands.pop(0)
+        assert isinstance(first, Args)
+        return first.names
+    return ()
+
+
 def _rename(operand: Operand, names: dict[str, str]) -> Operand:
     match operand:
         case Reg(name, negated):
@@ -108,7 +117,7 @@ def _rename(operand: Operand, names: dict[str, str]) -> Operand:
         case Mem(base, offset):
             renamed = _rename(base, names)
             assert isinstance(renamed, type(base))
-            return Mem(renamed, offset)  # type: ignore[arg-type]
+            return Mem(renamed, offset)
         case Vec(items):
             return Vec(tuple(_rename(item, names) for item in items))
         case Pair(first, second):

@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
-from perceiver_kernels.backends.triton import launch as launches  # noqa: E402
-from perceiver_kernels.backends.triton.compile import compile_launch  # noqa: E402
-from perceiver_kernels.backends.triton.configs import Device  # noqa: E402
-from ptx.triton_ptx import launch_triton  # noqa: E402
+from perceiver_kernels.backends.triton import launch as launches
+from perceiver_kernels.backends.triton.compile import compile_launch
+from perceiver_kernels.backends.triton.configs import Device, backward_config, forward_config
+from ptx.triton_ptx import launch_triton
 
 WRITTEN = {  # what each kernel writes; to the others the same names are inputs
     "attention_forward": ("p_out", "p_lse"),
@@ -73,14 +73,17 @@ def execute(launch: launches.Launch) -> Report | None:
 
 
 def run(inputs: Inputs) -> dict[str, Tensor]:
-    spec, device = inputs.spec(), Device("sm_80", 3)
+    """Forward and backward in the default configurations of sm_80, on a device of three processors."""
     query, key, value = inputs.query, inputs.key, inputs.value
+    problem, device = launches.make_problem(query, key, value, inputs.spec()), Device("sm_80", 3)
+    sizes = (max(problem.D, problem.DV), problem.dtype, device.arch)
     out, lse = empty_outputs(query, value)
-    for launch in launches.forward_launches(query, key, value, out, lse, spec, device):
+    ahead = forward_config(problem.rows, *sizes)
+    for launch in launches.forward_launches(problem, query, key, value, out, lse, device, ahead):
         execute(launch)
-    gradients = empty_gradients(query, key, value)
-    residuals = (query, key, value, out, lse)
-    for launch in launches.backward_launches(inputs.dout, inputs.dlse, *residuals, gradients, spec, device):
+    gradients, back = empty_gradients(query, key, value), backward_config(problem.M, *sizes)
+    tensors = (inputs.dout, inputs.dlse, query, key, value, out, lse, gradients)
+    for launch in launches.backward_launches(problem, *tensors, device, back):
         execute(launch)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True))
 

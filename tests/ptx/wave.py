@@ -6,20 +6,31 @@ again where their paths meet. While all lanes agree there are no masks at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import isa_control, isa_float, isa_int, isa_memory, isa_select, isa_warp, mma  # noqa: F401  (fill the table)
+from . import (  # noqa: F401  (they fill the table)
+    isa_async,
+    isa_atomic,
+    isa_control,
+    isa_convert,
+    isa_float,
+    isa_int,
+    isa_memory,
+    isa_select,
+    isa_warp,
+    mma,
+)
 from .collector import no_collection
 from .findings import Finding, Unsupported
 from .isa import BUILDERS, Body, Build
 from .lanes import Array, Lanes, Mask
 from .memory import Fault, Space
-from .parser import Instr, Reg, Sym
 from .program import Program
 from .races import Order
+from .syntax import Instr, Reg, Sym
 
 _NOWHERE = 1 << 60
 
@@ -32,15 +43,6 @@ class Copy:
     at: Array
     values: Array
     group: Array
-
-
-@dataclass
-class Barrier:
-    lanes: list[Array] = field(default_factory=list)  # waiting
-    places: list[int] = field(default_factory=list)  # and from which instruction
-    warps: dict[int, int] = field(default_factory=dict)  # arrived, when
-    arrived: int = 0
-    expected: int | None = None
 
 
 class Wave:
@@ -58,7 +60,7 @@ class Wave:
             "const": None,
             "param": None,
         }
-        self.steps_taken = 0
+        self.steps = 0
         self.code = [*program.code, Instr("exit", (), (), None, program.code[-1].line, "(end of the kernel)")]
         self.bound: list[Any] = []
         self.fast: list[Any] = []
@@ -69,10 +71,6 @@ class Wave:
         self.code_steps: list[Any] = []
 
     make_copy = staticmethod(Copy)
-
-    @property
-    def steps(self) -> int:
-        return self.steps_taken
 
     # Binding
 
@@ -176,7 +174,7 @@ class Wave:
         self.alive[: blocks * self.lanes.threads] = True
         self.pending: dict[int, Array] = {}
         self.merge_at = _NOWHERE
-        self.barriers: dict[tuple[int, int], Barrier] = {}
+        self.barriers: dict[tuple[int, int], isa_control.Barrier] = {}
         self.copies: list[Copy] = []
         self.group = np.zeros(n, np.int64)
         mask: Mask = None if self.alive.all() else self.alive.copy()
@@ -186,7 +184,7 @@ class Wave:
         try:
             while True:
                 executed[pc] = 1
-                self.steps_taken += 1
+                self.steps += 1
                 count += 1
                 if count > limit:
                     raise self.finding(self.code[pc], "endless", f"still running after {limit} instructions")

@@ -1,4 +1,4 @@
-"""The package's Triton kernels, compiled for sm_80, executed on the machine: right values and not one finding."""
+"""The package's Triton kernels, compiled for sm_80, run on the machine: right values and not one finding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ CASES: list[tuple[torch.dtype, Case]] = [
     (BF16, Case("decode_128", 2, 8, 2, 1, 300, 128, 128, key_mask="left_padding")),
     (BF16, Case("packed", 1, 2, 1, 0, 0, lengths=((5, 40), (33, 33), (0, 7), (4, 0), (40, 90)))),
     (F16, Case("odd_dims", 1, 1, 1, 40, 70, 96, 40, scale=-0.2)),
-    (BF16, Case("all_options", 2, 4, 2, 21, 77, 64, 64, True, "per_example", "random", 0.4, 2.0, 0.3, "transposed")),
+    (BF16, Case("all_options", 2, 4, 2, 21, 77, 64, 64, True, "per_example", "random", 0.4, 2.0, 0.3,
+                "transposed")),
     (F32, Case("float32", 1, 2, 1, 20, 50, 64, 64)),
 ]  # fmt: skip
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.triton.configs import Device
+from perceiver_kernels.backends.triton.configs import Config, Device, backward_config, forward_config
 from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_gradients, empty_outputs
 
 MAX_HEAD_DIM = 256
@@ -57,9 +58,16 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> t
     out, lse = empty_outputs(query, value)
     query, key, value = _operands(query, key, value)
     result = out if out.dtype == query.dtype else torch.empty_like(out, dtype=query.dtype)
-    with _on(query.device):
-        for kernel in _launch().forward_launches(query, key, value, result, lse, spec, _device(query.device)):
+    launch, device = _launch(), _device(query.device)
+    problem = launch.make_problem(query, key, value, spec)
+
+    def run(config: Config) -> None:
+        for kernel in launch.forward_launches(problem, query, key, value, result, lse, device, config):
             kernel.run()
+
+    with _on(query.device):
+        default = forward_config(problem.rows, max(problem.D, problem.DV), problem.dtype, device.arch)
+        run(_tuned("forward", problem, device, default, run))
     _deliver(out, result)
     return out, lse
 
@@ -78,10 +86,17 @@ def backward(
     gradients = empty_gradients(query, key, value)
     results = tuple(_operands(*gradients))
     dout, query, key, value, out = _operands(dout, query, key, value, out)
-    residuals = (query, key, value, out, lse)
-    with _on(query.device):
-        for kernel in _launch().backward_launches(dout, dlse, *residuals, results, spec, _device(query.device)):
+    tensors = (dout, dlse, query, key, value, out, lse, results)
+    launch, device = _launch(), _device(query.device)
+    problem = launch.make_problem(query, key, value, spec)
+
+    def run(config: Config) -> None:
+        for kernel in launch.backward_launches(problem, *tensors, device, config):
             kernel.run()
+
+    with _on(query.device):
+        default = backward_config(problem.M, max(problem.D, problem.DV), problem.dtype, device.arch)
+        run(_tuned("backward", problem, device, default, run))
     for gradient, result in zip(gradients, results, strict=True):
         _deliver(gradient, result)
     return gradients
@@ -92,6 +107,12 @@ def _launch() -> Any:
     from perceiver_kernels.backends.triton import launch
 
     return launch
+
+
+def _tuned(kind: str, problem: Any, device: Device, default: Config, run: Callable[[Config], None]) -> Config:
+    from perceiver_kernels.backends.triton import tuning
+
+    return tuning.tuned(kind, problem, device, default, run) if tuning.enabled() else default
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -109,8 +130,8 @@ def _device(device: torch.device) -> Device:
 
 
 def _operands(*tensors: Tensor) -> list[Tensor]:
-    """What the kernels take: head dims contiguous; under the interpreter, which multiplies the bit patterns of
-    bfloat16 instead of its values (Triton issue 11584), float32 in its place."""
+    """What the kernels take: head dims contiguous; and float32 for bfloat16 under the interpreter, which
+    multiplies that type's bit patterns instead of its values (Triton issue 11584)."""
     if tensors[0].dtype == torch.bfloat16 and tensors[0].device.type == "cpu":
         return [tensor.float().contiguous() for tensor in tensors]
     return [t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors]

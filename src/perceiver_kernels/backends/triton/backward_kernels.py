@@ -1,9 +1,10 @@
-"""The backward kernels: row statistics, then dk, dv and partial dq with keys stationary, then the sum of the parts.
+"""The backward kernels: row statistics, then dk, dv and parts of dq with keys stationary, then dq.
 
-One program owns a run of key blocks of one key head, loops over the rows of its query heads, writes dk and dv once
-and adds dq into a float32 slab of its own; the slabs are summed in order. No atomics: the same bits every time.
-Rows go by tiles of ``BLOCK_M`` queries of one head, in the statistics and in the slabs too; the last of each
-head is filled up with rows that weigh nothing. With P = exp(score - lse), Z the dropout factor and delta = rowsum(dout * out) - dlse::
+One program owns a run of key blocks of one key head, loops over the rows of its query heads, writes dk and
+dv once and adds dq into a float32 slab of its own; the slabs are summed in order. No atomics: the same bits
+every time. Rows go by tiles of ``BLOCK_M`` queries of one head, in the statistics and in the slabs too; the
+last tile of a head is filled up with rows that weigh nothing. With P = exp(score - lse), Z the dropout factor
+and delta = rowsum(dout * out) - dlse::
 
     dV = (P * Z)^T dout    dP = Z * (dout V^T)    dS = P * (dP - delta) * score_grad
     dQ = scale * dS K      dK = scale * dS^T Q
@@ -44,13 +45,12 @@ def tile_of(i_b, i_h, first_q, stride_tb, stride_th, BLOCK_M: tl.constexpr, IS_P
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_delta(
-    p_dout, p_out, p_lse, p_dlse, p_shift, p_delta, p_cu_q,
-    stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, stride_lb, stride_lh, stride_eb, stride_eh,
-    stride_em, stride_tb, stride_th, row_blocks, heads, queries,
-    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr, IS_WIDE: tl.constexpr,
-    IS_PACKED: tl.constexpr, HAS_DLSE: tl.constexpr,
+    p_dout, p_out, p_lse, p_dlse, p_shift, p_delta, p_cu_q, stride_gb, stride_gh, stride_gm, stride_ob,
+    stride_oh, stride_om, stride_lb, stride_lh, stride_eb, stride_eh, stride_em, stride_tb, stride_th,
+    row_blocks, heads, queries, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_WIDE: tl.constexpr, IS_PACKED: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """Per row, by tiles: delta = rowsum(dout * out) - dlse, and the shift of the exponent: lse, in base 2 unless wide.
+    """Per row, by tiles: delta = rowsum(dout * out) - dlse; the exponent's shift: lse, in base 2 unless wide.
 
     Rows that see no key, and those that fill up a tile, get delta 0 and shift inf: there P = 0.
     """
@@ -66,14 +66,18 @@ def attention_delta(
     b_lse = tl.load(p_lse + i_b * stride_lb + i_h * stride_lh + o_row, mask=m_i, other=float("-inf"))
     m_i = m_i & (b_lse != float("-inf"))
     # [BLOCK_M, DV]
-    b_dout = load_rows(p_dout + i_b * stride_gb + i_h * stride_gh + o_row * stride_gm, m_i, DV, DV0, DV1, True)
+    b_dout = load_rows(
+        p_dout + i_b * stride_gb + i_h * stride_gh + o_row * stride_gm, m_i, DV, DV0, DV1, True
+    )
     b_out = load_rows(p_out + i_b * stride_ob + i_h * stride_oh + o_row * stride_om, m_i, DV, DV0, DV1, True)
     # [BLOCK_M]
     b_delta = tl.sum(b_dout[0].to(tl.float32) * b_out[0].to(tl.float32), 1)
     if DV1 > 0:
         b_delta += tl.sum(b_dout[1].to(tl.float32) * b_out[1].to(tl.float32), 1)
     if HAS_DLSE:
-        b_delta -= tl.load(p_dlse + i_b * stride_eb + i_h * stride_eh + o_row * stride_em, mask=m_i, other=0.0)
+        b_delta -= tl.load(
+            p_dlse + i_b * stride_eb + i_h * stride_eh + o_row * stride_em, mask=m_i, other=0.0
+        )
     if not IS_WIDE:
         b_lse *= LOG2E
     o_tile = tile_of(i_b, i_h, first_q, stride_tb, stride_th, BLOCK_M, IS_PACKED) * BLOCK_M + o_i
@@ -83,18 +87,18 @@ def attention_delta(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_backward(
-    p_q, p_k, p_v, p_dout, p_shift, p_delta, p_slabs, p_dk, p_dv, p_offsets, p_key_mask, p_cu_q, p_cu_k, p_seed,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    p_q, p_k, p_v, p_dout, p_shift, p_delta, p_slabs, p_dk, p_dv, p_offsets, p_key_mask, p_cu_q, p_cu_k,
+    p_seed, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    stride_tb, stride_th, stride_sr, runs, kv_heads, queries, keys, q_offset, run_blocks, scale, exponent, softcap,
-    threshold, keep_factor,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
-    DV1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    IS_PACKED: tl.constexpr, HAS_DEAD_ROWS: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_tb, stride_th, stride_sr, runs, kv_heads, queries, keys, q_offset, run_blocks, scale, exponent,
+    softcap, threshold, keep_factor, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_DEAD_ROWS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Slabs (runs, tiles, D0 + D1, BLOCK_M) float32, see ``add_to_slab``; tiles that see no key of a run's first
-    block stay unwritten."""
+    """Slabs (runs, tiles, D0 + D1, BLOCK_M) float32, see ``add_to_slab``; tiles that see no key of a run's
+    first block stay unwritten."""
     i_run, i_bh = tl.program_id(0) % runs, tl.program_id(0) // runs
     i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
     first_q, queries = sequence(p_cu_q, i_b, queries, IS_PACKED)
@@ -142,17 +146,19 @@ def attention_backward(
             # Two loops over one body: only the rows at the diagonal and the keys at the end carry mask code.
             for start_m in range(first, full, BLOCK_M):
                 b_dk, b_dv = add_tile(
-                    b_k, b_v, b_dk, b_dv, p_q + i_head * stride_qh, p_dout + i_head * stride_gh, p_shift, p_delta,
-                    p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile, start_m, queries, start_n - start, o_n,
-                    m_n, q_offset, scale, exponent, softcap, threshold, keep_factor, D, D0, D1, DV, DV0, DV1, BLOCK_M,
-                    True, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, WARPS, PRECISION,
+                    b_k, b_v, b_dk, b_dv, p_q + i_head * stride_qh, p_dout + i_head * stride_gh, p_shift,
+                    p_delta, p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile, start_m, queries,
+                    start_n - start, o_n, m_n, q_offset, scale, exponent, softcap, threshold, keep_factor, D,
+                    D0, D1, DV, DV0, DV1, BLOCK_M, True, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP,
+                    HAS_DROPOUT, WARPS, PRECISION,
                 )  # fmt: skip
             for start_m in range(tl.maximum(first, full), queries, BLOCK_M):
                 b_dk, b_dv = add_tile(
-                    b_k, b_v, b_dk, b_dv, p_q + i_head * stride_qh, p_dout + i_head * stride_gh, p_shift, p_delta,
-                    p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile, start_m, queries, start_n - start, o_n,
-                    m_n, q_offset, scale, exponent, softcap, threshold, keep_factor, D, D0, D1, DV, DV0, DV1, BLOCK_M,
-                    False, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, WARPS, PRECISION,
+                    b_k, b_v, b_dk, b_dv, p_q + i_head * stride_qh, p_dout + i_head * stride_gh, p_shift,
+                    p_delta, p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile, start_m, queries,
+                    start_n - start, o_n, m_n, q_offset, scale, exponent, softcap, threshold, keep_factor, D,
+                    D0, D1, DV, DV0, DV1, BLOCK_M, False, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP,
+                    HAS_DROPOUT, WARPS, PRECISION,
                 )  # fmt: skip
         store_rows(p_dk + o_n.to(tl.int64) * stride_dkn, times(b_dk, scale, D1), o_n < keys, D, D0, D1)
         store_rows(p_dv + o_n.to(tl.int64) * stride_dvn, b_dv, o_n < keys, DV, DV0, DV1)
@@ -161,16 +167,16 @@ def attention_backward(
 
 @triton.jit
 def add_tile(
-    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_shift, p_delta, p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head, i_tile,
-    start_m, queries, keys_done, o_n, m_n, q_offset, scale, exponent, softcap, threshold, keep_factor,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    BLOCK_M: tl.constexpr, IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_DEAD_ROWS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    b_k, b_v, b_dk, b_dv, p_q, p_dout, p_shift, p_delta, p_slabs, p_seed, stride_qm, stride_gm, i_b, i_head,
+    i_tile, start_m, queries, keys_done, o_n, m_n, q_offset, scale, exponent, softcap, threshold, keep_factor,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
+    DV1: tl.constexpr, BLOCK_M: tl.constexpr, IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_DEAD_ROWS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a tile of rows gives to the gradients of ``BLOCK_N`` keys, and these keys to its own.
 
-    Scores are transposed, (BLOCK_N, BLOCK_M): P^T and dS^T stay in registers on their way into the next product.
+    Scores are transposed, (BLOCK_N, BLOCK_M): P^T and dS^T stay in registers until the next product.
     """
     IS_WIDE: tl.constexpr = b_k[0].dtype == tl.float32
     # [BLOCK_M]
@@ -220,8 +226,8 @@ def add_tile(
 def add_to_slab(p_slab, b_k, b_ds, keys_done, WARPS: tl.constexpr, PRECISION: tl.constexpr):
     """dq^T += k^T dS^T, one tile of one part of the head dim.
 
-    Transposed like everything else here, so that no product asks for another layout of dS, and stored in the order
-    in which the tensor cores' accumulators lie in the threads, four numbers each: neither way is anything moved.
+    Transposed like everything else here, so that no product asks for another layout of dS, and stored in the
+    order in which the tensor cores' accumulators lie in the threads, four numbers each: nothing is moved.
     """
     SIZE: tl.constexpr = b_k.shape[1]
     BLOCK_M: tl.constexpr = b_ds.shape[1]
@@ -238,10 +244,10 @@ def add_to_slab(p_slab, b_k, b_ds, keys_done, WARPS: tl.constexpr, PRECISION: tl
 
 @triton.jit(do_not_specialize=VARYING)
 def reduce_slabs(
-    p_slabs, p_dq, p_offsets, p_cu_q, p_cu_k, stride_sr, stride_qb, stride_qh, stride_qm, stride_tb, stride_th,
-    row_blocks, heads, queries, keys, q_offset, runs, run_keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    p_slabs, p_dq, p_offsets, p_cu_q, p_cu_k, stride_sr, stride_qb, stride_qh, stride_qm, stride_tb,
+    stride_th, row_blocks, heads, queries, keys, q_offset, runs, run_keys, scale, D: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """dq = scale times the sum over runs, in their order, of the slab tiles that a run has written."""
     i_m, i_bh = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -261,7 +267,9 @@ def reduce_slabs(
     p_row = p_dq + i_b * stride_qb + i_h * stride_qh + (first_q + o_i) * stride_qm
     reduce_part(p_slab, stride_sr, written, p_row, o_i < queries, scale, 0, D, D0, BLOCK_M, WARPS)
     if D1 > 0:
-        reduce_part(p_slab + D0 * BLOCK_M, stride_sr, written, p_row, o_i < queries, scale, D0, D, D1, BLOCK_M, WARPS)
+        reduce_part(
+            p_slab + D0 * BLOCK_M, stride_sr, written, p_row, o_i < queries, scale, D0, D, D1, BLOCK_M, WARPS
+        )
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a launch for any GPU, without one: what `make static` prices and the tests execute."""
+"""Ahead-of-time compilation of a launch for any GPU, without one, to be priced or executed elsewhere."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def make_target(arch: str) -> GPUTarget:
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
-    """Triton's compiled kernel for ``arch``, as a GPU would get it; ``asm`` holds its ptx and cubin or its amdgcn.
+    """Triton's compiled kernel for ``arch``, as a GPU would get it: ``asm`` holds ptx and cubin, or amdgcn.
 
-    Tensors may be on the meta device: they count as aligned to 16 bytes. Raises ``RuntimeError`` under Triton's
-    interpreter, whose kernels have no compiled form.
+    Tensors may be on the meta device: they count as aligned to 16 bytes. Raises ``RuntimeError`` under
+    Triton's interpreter, whose kernels have no compiled form.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("kernels can't be compiled under TRITON_INTERPRET=1")
@@ -44,7 +44,11 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     for place, parameter in enumerate(launch.kernel.params):
         value = values[parameter.name]
         specialised = not parameter.do_not_specialize
-        kind = "constexpr" if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1) else _type_of(value)
+        kind = (
+            "constexpr"
+            if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1)
+            else _type_of(value)
+        )
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value

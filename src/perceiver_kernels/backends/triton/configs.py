@@ -45,7 +45,7 @@ def head_parts(dim: int, longest: int) -> tuple[int, int]:
     One where it wastes less than a quarter and is at most ``longest``.
     """
     whole = padded(dim)
-    if whole == 16 or whole <= longest and dim > whole * 3 // 4:
+    if whole == 16 or (whole <= longest and dim > whole * 3 // 4):
         return whole, 0
     return whole // 2, padded(dim - whole // 2)
 

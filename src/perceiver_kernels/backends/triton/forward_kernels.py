@@ -1,8 +1,8 @@
 """The forward kernel, split over keys, and the kernel that merges the splits.
 
-One program owns ``BLOCK_M`` packed rows of one key head (its query heads' rows are interleaved, so that they share
-each load of K and V) and one run of key blocks. Algorithm: Dao et al. 2022 (arXiv 2205.14135), with the softmax in
-base 2.
+One program owns ``BLOCK_M`` packed rows of one key head (its query heads' rows are interleaved, so that they
+share each load of K and V) and one run of key blocks. Algorithm: Dao et al. 2022 (arXiv 2205.14135), with the
+softmax in base 2.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from perceiver_kernels.backends.triton.primitives import (
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward(
-    p_q, p_k, p_v, p_out, p_lse, p_offsets, p_key_mask, p_cu_q, p_cu_k, p_seed,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_os, stride_ob, stride_oh, stride_om, stride_ls, stride_lb, stride_lh,
-    row_blocks, kv_heads, queries, keys, q_offset, split_blocks, scale, exponent, softcap, threshold, keep_factor,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV0: tl.constexpr,
-    DV1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr,
-    IS_NEGATIVE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_v, p_out, p_lse, p_offsets, p_key_mask, p_cu_q, p_cu_k, p_seed, stride_qb, stride_qh,
+    stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_os, stride_ob,
+    stride_oh, stride_om, stride_ls, stride_lb, stride_lh, row_blocks, kv_heads, queries, keys, q_offset,
+    split_blocks, scale, exponent, softcap, threshold, keep_factor, GROUP: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr,
+    IS_NEGATIVE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_bh, i_s = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks, tl.program_id(1)
     i_b, i_h = (i_bh // kv_heads).to(tl.int64), (i_bh % kv_heads).to(tl.int64)
@@ -49,7 +49,10 @@ def attention_forward(
         return
 
     # Keys that some query of the example sees, that some row of this block sees, that all of them see.
-    first_i, last_i = i_m * BLOCK_M // GROUP, tl.minimum((i_m + 1) * BLOCK_M - 1, queries * GROUP - 1) // GROUP
+    first_i, last_i = (
+        i_m * BLOCK_M // GROUP,
+        tl.minimum((i_m + 1) * BLOCK_M - 1, queries * GROUP - 1) // GROUP,
+    )
     seen_by_any, seen, seen_by_all = keys, keys, keys
     if IS_CAUSAL:
         seen_by_any = tl.minimum(keys, q_offset + queries)
@@ -84,15 +87,15 @@ def attention_forward(
     # Two loops over one body: only the blocks at the diagonal and at the end carry mask code.
     for start_n in range(start, full, BLOCK_N):
         b_max, b_sum, b_out = attend_block(
-            b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
-            q_offset, seen_by_any, scale, exponent, softcap, threshold, D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N,
-            LANES, False, IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g,
+            o_i, q_offset, seen_by_any, scale, exponent, softcap, threshold, D, D0, D1, DV, DV0, DV1, BLOCK_M,
+            BLOCK_N, LANES, False, IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     for start_n in range(tl.maximum(start, full), stop, BLOCK_N):
         b_max, b_sum, b_out = attend_block(
-            b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
-            q_offset, seen_by_any, scale, exponent, softcap, threshold, D, D0, D1, DV, DV0, DV1, BLOCK_M, BLOCK_N,
-            LANES, True, IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g,
+            o_i, q_offset, seen_by_any, scale, exponent, softcap, threshold, D, D0, D1, DV, DV0, DV1, BLOCK_M,
+            BLOCK_N, LANES, True, IS_CAUSAL, HAS_KEY_MASK, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     b_sum = tl.sum(b_sum, 1)
@@ -108,12 +111,11 @@ def attention_forward(
 
 @triton.jit
 def attend_block(
-    b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i, q_offset,
-    seen_by_any, scale, exponent, softcap, threshold,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, IS_EDGE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    b_q, b_max, b_sum, b_out, p_k, p_v, p_key_mask, p_seed, stride_kn, stride_vn, start_n, i_b, o_g, o_i,
+    q_offset, seen_by_any, scale, exponent, softcap, threshold, D: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, IS_EDGE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax. Keys that nobody sees count as zero: they may hold anything."""
     IS_MASKED: tl.constexpr = IS_EDGE or HAS_KEY_MASK
@@ -154,8 +156,8 @@ def combine_splits(
 ):  # fmt: skip
     """Merge partial results over disjoint keys, in the order of the splits.
 
-    parts (splits, B, H, M, DV) and part_lses (splits, B, H, M) float32, contiguous. Rows without a key in a split
-    come with lse -inf and weigh nothing.
+    parts (splits, B, H, M, DV) and part_lses (splits, B, H, M) float32, contiguous. Rows without a key in a
+    split come with lse -inf and weigh nothing.
     """
     i_m, i_bh = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
     # [BLOCK_M]
@@ -181,5 +183,7 @@ def combine_splits(
     b_sum = tl.where(m_dead, 1.0, b_sum)
     b_lse = tl.where(m_dead, float("-inf"), b_max + tl.log(b_sum))
     p_out += (i_bh // heads) * stride_ob + (i_bh % heads) * stride_oh
-    store_rows(p_out + o_i.to(tl.int64) * stride_om, times(b_out, 1.0 / b_sum[:, None], DV1), m_i, DV, DV0, DV1)
+    store_rows(
+        p_out + o_i.to(tl.int64) * stride_om, times(b_out, 1.0 / b_sum[:, None], DV1), m_i, DV, DV0, DV1
+    )
     tl.store(p_lse + i_bh * queries + o_i, b_lse, mask=m_i)

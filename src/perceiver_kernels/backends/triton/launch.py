@@ -1,4 +1,4 @@
-"""From a call to kernel launches, as data: whoever runs, compiles or executes them elsewhere takes the same list."""
+"""From a call to kernel launches, as data: whoever runs, compiles or executes them takes the same list."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
-from perceiver_kernels.backends.triton.configs import Config, Device, backward_config, forward_config, head_parts, parts
+from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, parts
 from perceiver_kernels.spec import AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
-_FORWARD_PART, _BACKWARD_PART = 64, 256  # longest part of a head dim: shorter ones spill less, longer ones feed 8 warps
+_FORWARD_PART, _BACKWARD_PART = (
+    64,
+    256,
+)  # longest part of a head dim: shorter ones spill less, longer ones feed 8 warps
 _ROWS = 32  # of a program of combine_splits
 
 
@@ -144,15 +147,16 @@ def _natural_score(problem: Problem) -> bool:
 
 
 def forward_launches(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, device: Device,
-    config: Config | None = None,
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, device: Device,
+    config: Config,
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels that fill ``out`` and ``lse``; partial results live until the iterator is exhausted."""
-    problem = make_problem(query, key, value, spec)
-    config = config or forward_config(problem.rows, max(problem.D, problem.DV), problem.dtype, device.arch)
+    spec = problem.spec
     row_blocks, key_blocks = -(-problem.rows // config.block_m), -(-problem.N // config.block_n)
     programs = row_blocks * problem.B * problem.Hkv
-    splits = min(_fixed_parts() or parts(programs, key_blocks, device.processors * config.programs), max(key_blocks, 1))
+    splits = min(
+        _fixed_parts() or parts(programs, key_blocks, device.processors * config.programs), max(key_blocks, 1)
+    )
     split_blocks = -(-key_blocks // splits) if splits else 0
     if splits == 1:
         part, part_lse = out, lse
@@ -173,17 +177,28 @@ def forward_launches(
         "exponent": max(1.0 if natural else scale, 2.0**-126) * math.log2(math.e),
         **_score_arguments(problem),
     }  # fmt: skip
-    constants = _score_constants(problem, config, _FORWARD_PART) | {"IS_NEGATIVE": not natural and spec.scale < 0}
+    constants = _score_constants(problem, config, _FORWARD_PART) | {
+        "IS_NEGATIVE": not natural and spec.scale < 0
+    }
     yield Launch(
-        forward_kernels.attention_forward, (programs, splits), arguments, constants, config.num_warps, config.num_stages
+        forward_kernels.attention_forward,
+        (programs, splits),
+        arguments,
+        constants,
+        config.num_warps,
+        config.num_stages,
     )
     if splits > 1:
         heads, queries = (problem.H, lse.shape[-1])
         blocks = -(-queries // _ROWS)
-        arguments = {"p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse, **row_strides("om", out),
-                     "row_blocks": blocks, "heads": heads, "queries": queries, "splits": splits}  # fmt: skip
+        arguments = {
+            "p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse, **row_strides("om", out),
+            "row_blocks": blocks, "heads": heads, "queries": queries, "splits": splits,
+        }  # fmt: skip
         constants = {"DV": problem.DV, **_head_parts("DV", problem.DV, _FORWARD_PART), "BLOCK_M": _ROWS}
-        yield Launch(forward_kernels.combine_splits, (blocks * math.prod(lse.shape[:-1]), 1), arguments, constants)
+        yield Launch(
+            forward_kernels.combine_splits, (blocks * math.prod(lse.shape[:-1]), 1), arguments, constants
+        )
 
 
 def _part_strides(part: Tensor) -> dict[str, int]:
@@ -200,12 +215,11 @@ def _fixed_parts() -> int:
 
 
 def backward_launches(
-    dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor], spec: AttentionSpec, device: Device, config: Config | None = None,
+    problem: Problem, dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    out: Tensor, lse: Tensor, gradients: tuple[Tensor, Tensor, Tensor], device: Device, config: Config,
 ) -> Iterator[Launch]:  # fmt: skip
     """The kernels that fill ``(dq, dk, dv)``; delta and the slabs live until the iterator is exhausted."""
-    problem = make_problem(query, key, value, spec)
-    config = config or backward_config(problem.rows, max(problem.D, problem.DV), problem.dtype, device.arch)
+    spec = problem.spec
     dq, dk, dv = gradients
     tile = config.block_m
     row_blocks = -(-problem.M // tile)
@@ -223,14 +237,18 @@ def backward_launches(
             **tile_strides, "row_blocks": row_blocks, "heads": problem.H,
             **{name: scores[name] for name in ("p_cu_q", "queries")},
         },
-        {"DV": problem.DV, **_head_parts("DV", problem.DV, _BACKWARD_PART), "BLOCK_M": tile, "IS_WIDE": problem.dtype == torch.float32,
+        {"DV": problem.DV, **_head_parts("DV", problem.DV, _BACKWARD_PART), "BLOCK_M": tile,
+         "IS_WIDE": problem.dtype == torch.float32,
          "IS_PACKED": spec.is_packed, "HAS_DLSE": dlse is not None},
     )  # fmt: skip
 
     key_blocks = -(-problem.N // config.block_n)
     dims = sum(head_parts(problem.D, _BACKWARD_PART))
     most = max(1, min(key_blocks, SLAB_BYTES // max(tiles * tile * dims * 4, 1)))
-    runs = min(_fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs), most)
+    runs = min(
+        _fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs),
+        most,
+    )
     run_blocks = max(1, -(-key_blocks // runs))
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
@@ -246,7 +264,8 @@ def backward_launches(
             "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
             **scores,
         },
-        _score_constants(problem, config, _BACKWARD_PART) | {"HAS_DEAD_ROWS": may_die, "WARPS": config.num_warps},
+        {**_score_constants(problem, config, _BACKWARD_PART), "HAS_DEAD_ROWS": may_die,
+         "WARPS": config.num_warps},
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
@@ -255,11 +274,13 @@ def backward_launches(
         backward_kernels.reduce_slabs,
         (row_blocks * problem.B * problem.H, 1),
         {
-            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **tile_strides, "stride_sr": slabs.stride(0),
-            "row_blocks": row_blocks, "heads": problem.H, "runs": runs, "run_keys": run_blocks * config.block_n,
-            "scale": spec.scale, **{name: scores[name] for name in shared},
+            "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **tile_strides,
+            "stride_sr": slabs.stride(0), "row_blocks": row_blocks, "heads": problem.H, "runs": runs,
+            "run_keys": run_blocks * config.block_n, "scale": spec.scale,
+            **{name: scores[name] for name in shared},
         },
-        {"D": problem.D, **_head_parts("D", problem.D, _BACKWARD_PART), "BLOCK_M": tile, "WARPS": config.num_warps, "IS_CAUSAL": spec.is_causal,
+        {"D": problem.D, **_head_parts("D", problem.D, _BACKWARD_PART), "BLOCK_M": tile,
+         "WARPS": config.num_warps, "IS_CAUSAL": spec.is_causal,
          "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
     )  # fmt: skip
 

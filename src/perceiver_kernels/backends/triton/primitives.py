@@ -1,7 +1,7 @@
 """The verbs that the kernels are written in: places, rows, products, scores, dropout.
 
-Prefixes say where a value lives: ``i_`` program index, ``o_`` offsets, ``p_`` pointer, ``m_`` mask, ``b_`` on-chip
-block, whose shape stands on the line above it. Addresses are 64-bit.
+Prefixes say where a value lives: ``i_`` program index, ``o_`` offsets, ``p_`` pointer, ``m_`` mask, ``b_``
+on-chip block, whose shape stands on the line above it. Addresses are 64-bit.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)  # where a row's maximum starts: finite, so that no -inf meets another
 
 VARYING = [
-    "row_blocks", "heads", "kv_heads", "queries", "keys", "q_offset", "splits", "split_blocks", "runs", "run_blocks",
-    "run_keys", "threshold",
+    "row_blocks", "heads", "kv_heads", "queries", "keys", "q_offset", "splits", "split_blocks", "runs",
+    "run_blocks", "run_keys", "threshold",
 ]  # fmt: skip
-"""Sizes that change from call to call: no kernel is compiled anew because one of them is 1 or a multiple of 16."""
+"""Sizes that change from call to call: no kernel is compiled anew where one becomes 1 or a multiple of 16."""
 
 
 @triton.jit
@@ -45,21 +45,26 @@ def visible(o_i, o_j, q_offset):
     return o_j <= q_offset + o_i
 
 
-# A head dim lies on chip as one or two blocks, powers of two: 64, 64 + 64, 64 + 32. Two shorten what is live at once,
-# and waste less than padding to one. A (rows, D) block is a tuple of these parts.
+# A head dim lies on chip as one or two blocks, powers of two: 64, 64 + 64, 64 + 32. Two shorten what is live
+# at once, and waste less than padding to one. A (rows, D) block is a tuple of these parts.
 
 
 @triton.jit
 def load_rows(p_rows, m_rows, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, IS_MASKED: tl.constexpr):
-    """(rows, D0), (rows, D1): zeros past the head dim and, where masked, in the rows that ``m_rows`` hides."""
+    """(rows, D0), (rows, D1): zeros past the head dim and, where masked, in rows that ``m_rows`` hides."""
     if D1 == 0:
         return (load_part(p_rows, m_rows, 0, D, D0, IS_MASKED),)
     else:
-        return (load_part(p_rows, m_rows, 0, D, D0, IS_MASKED), load_part(p_rows, m_rows, D0, D, D1, IS_MASKED))
+        return (
+            load_part(p_rows, m_rows, 0, D, D0, IS_MASKED),
+            load_part(p_rows, m_rows, D0, D, D1, IS_MASKED),
+        )
 
 
 @triton.jit
-def load_part(p_rows, m_rows, FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_MASKED: tl.constexpr):
+def load_part(
+    p_rows, m_rows, FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_MASKED: tl.constexpr
+):
     o_d = FIRST + tl.arange(0, SIZE)
     p = p_rows[:, None] + o_d[None, :]
     if IS_MASKED:
@@ -138,7 +143,10 @@ def add_weighted(b_sum, b_weights, b_rows, D1: tl.constexpr, PRECISION: tl.const
 def tanh(x):
     """To float32's own precision: near 0 the exponentials would cancel."""
     x2 = x * x
-    near = x * (1.0 + x2 * (-0.33333333 + x2 * (0.13333147 + x2 * (-0.05391115 + x2 * (0.02120866 - x2 * 0.00602131)))))
+    near = x * (
+        1.0
+        + x2 * (-0.33333333 + x2 * (0.13333147 + x2 * (-0.05391115 + x2 * (0.02120866 - x2 * 0.00602131))))
+    )
     z = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - z) / (1.0 + z)
     return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -far, far))
@@ -148,8 +156,8 @@ def tanh(x):
 def score(b_s, scale, softcap, IS_WIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """From q . k to what the exponent's factor is applied to.
 
-    The natural score where it has to be formed anyway (softcap) or in full (float32); else q . k as it is: its
-    factor joins the exponent's in one multiplication.
+    The natural score where it has to be formed anyway (softcap) or in full (float32); else q . k as it is:
+    its factor joins the exponent's in one multiplication.
     """
     if HAS_SOFTCAP:
         return softcap * tanh(b_s * (scale / softcap))

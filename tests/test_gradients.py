@@ -26,6 +26,7 @@ SMALL = [
     Case("packed", 1, 2, 1, 0, 0, 3, 2, lengths=((2, 4), (3, 1), (0, 2))),
 ]
 EVEN = Case("even_dims", 1, 2, 1, 3, 5, 8, 16)  # head dims that every backend takes
+PAIRS = list(itertools.permutations(dict.fromkeys([*USABLE, "reference"]), 2))
 PAIRED = ("ragged", "more_queries_than_keys", "grouped_heads", "odd_dims", "offset_per_example_masked",
           "softcap", "dropout", "packed", "all_options")  # fmt: skip
 
@@ -57,7 +58,7 @@ def test_reference_backward_is_the_derivative_of_its_forward(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(("ahead", "back"), list(itertools.permutations(USABLE, 2)))
+@pytest.mark.parametrize(("ahead", "back"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PAIRED)
 def test_any_forward_pairs_with_any_backward(ahead: str, back: str, dtype: torch.dtype, name: str) -> None:

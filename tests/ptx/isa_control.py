@@ -285,10 +285,10 @@ def _bar_red(b: Build) -> Body:
         if how == "popc":
             result: Array = votes.sum(1).astype(np.uint32)
         elif how == "or":
-            result = votes.any(1)
+            result = np.asarray(votes.any(1))
         else:
             here = wave.alive.reshape(votes.shape)
-            result = (votes | ~here).all(1)
+            result = np.asarray((votes | ~here).all(1))
         np.copyto(dst, np.repeat(result, wave.lanes.threads), where=True if mask is None else mask)
 
     return body

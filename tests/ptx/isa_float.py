@@ -153,16 +153,15 @@ def _minmax(b: Build) -> Body:
         return int_binary(b, np.minimum if smaller else np.maximum, kind)
     nan, ftz = b.flag("NaN"), b.flag("ftz")
     pick = floats.minimum if smaller else floats.maximum
-    fn: Fn = lambda *srcs: pick(pick(srcs[0], srcs[1], nan), srcs[-1], nan) if srcs[2:] else pick(*srcs, nan)  # noqa: E731
+    fn: Fn = lambda x, y: pick(x, y, nan)  # noqa: E731
     if b.flag("xorsign"):
         b.need("abs")
         fn = lambda x, y: np.copysign(pick(np.abs(x), np.abs(y), nan), np.copysign(x, x) * np.copysign(1, y))  # noqa: E731
     if "16" in kind:
         fn = through_f64(fn, kind)
-    sources = b.count(3) - 1
-    return b.alu(
-        flushed(fn, ftz and kind == "f32"), b.dst(0, kind), *(b.src(i + 1, kind) for i in range(sources))
-    )
+    b.count(3)  # the forms with three sources are of later targets
+    fn = flushed(fn, ftz and kind == "f32")
+    return b.alu(fn, b.dst(0, kind), b.src(1, kind), b.src(2, kind))
 
 
 @op("abs", "neg")

@@ -194,9 +194,9 @@ class Machine:
                 struct.pack_into("<Q", data, offset, self.addresses[symbol] + addend)
             _fill(space, at, bytes(data))
         for low, high, start in places:
-            host = np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8)
-            space.data[start : start + high - low] = host
-            self.regions.append((start, host))
+            memory = np.ctypeslib.as_array((ctypes.c_uint8 * (high - low)).from_address(low))
+            space.data[start : start + high - low] = memory
+            self.regions.append((start, memory))
         pointers = {}
         self.kept = [host.array for host in arrays]  # alive while their addresses are in use
         for host in arrays:

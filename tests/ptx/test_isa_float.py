@@ -252,6 +252,13 @@ def test_packed_is_twice_the_scalar(kind: str, op: str) -> None:
             assert not (one < 0).any()
 
 
+def test_xorsign() -> None:
+    x, y = floats("f32", 8)[8:], floats("f32", 9)[8:]
+    got = evaluate("max.xorsign.abs.f32 %d, %a0, %a1;", [x, y])
+    largest = np.maximum(np.abs(x.view(np.float32)), np.abs(y.view(np.float32))).view(np.uint32)
+    np.testing.assert_array_equal(got, largest | (x ^ y) & np.uint32(0x80000000))
+
+
 def test_copysign_and_testp() -> None:
     x, y = floats("f32", 6), floats("f32", 7)
     got = evaluate("copysign.f32 %d, %a0, %a1;", [x, y])

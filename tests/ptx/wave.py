@@ -125,7 +125,7 @@ class Wave:
                     settled = False
                     uninitialised(slot, mask)
             if mask is not None and mask is pred:
-                mask = mask.copy()
+                mask = np.array(mask)
             result = body(mask)
             for slot in writes:
                 if not full[slot]:

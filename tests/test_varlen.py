@@ -34,7 +34,9 @@ def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
         )  # fmt: skip
         dout = inputs.dout[rows].transpose(0, 1).unsqueeze(0)
         gradients = torch.autograd.grad((out, lse), leaves, (dout, inputs.dlse[:, rows].unsqueeze(0)))
-        assert torch.equal(packed["lse"][:, rows], lse[0])
+        # Triton's tiles and splits are chosen for the call, not for each sequence.
+        close = {} if backend == "triton" else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(packed["lse"][:, rows], lse[0], **close)
         parts = (
             (rows, "out", out),
             (rows, "dq", gradients[0]),
@@ -42,7 +44,7 @@ def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
             (keys, "dv", gradients[2]),
         )
         for part, tensor, alone in parts:
-            torch.testing.assert_close(packed[tensor][part], alone[0].transpose(0, 1), rtol=0, atol=0)
+            torch.testing.assert_close(packed[tensor][part], alone[0].transpose(0, 1), **close)
 
 
 @pytest.mark.parametrize("backend", USABLE)

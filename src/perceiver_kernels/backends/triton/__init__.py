@@ -24,7 +24,7 @@ _INTERPRETER_PROCESSORS = 6  # so that the interpreter, too, splits
 
 def unavailable(device: torch.device) -> str | None:
     """None where this backend can run on ``device``, else the reason and what to do about it."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed; `pip install 'perceiver-kernels[triton]'` brings it (Linux only)"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -35,6 +35,13 @@ def unavailable(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA or HIP device"
     return None
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        return False
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:

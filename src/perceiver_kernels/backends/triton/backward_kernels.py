@@ -33,6 +33,8 @@ from perceiver_kernels.backends.triton.primitives import (
     zero_rows,
 )
 
+TALL_DIM = tl.constexpr(128)  # up to here dq goes transposed: see `add_to_slab`
+
 
 @triton.jit
 def tile_of(i_b, i_h, first_q, stride_tb, stride_th, BLOCK_M: tl.constexpr, IS_PACKED: tl.constexpr):
@@ -90,7 +92,7 @@ def attention_backward(
     p_q, p_k, p_v, p_dout, p_shift, p_delta, p_slabs, p_dk, p_dv, p_offsets, p_key_mask, p_cu_q, p_cu_k,
     p_seed, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    stride_tb, stride_th, stride_sr, runs, kv_heads, queries, keys, q_offset, run_blocks, scale, exponent,
+    stride_tb, stride_th, stride_sr, runs, kv_heads, queries, keys, q_offset, scale, exponent,
     softcap, threshold, keep_factor, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_DEAD_ROWS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
@@ -112,17 +114,15 @@ def attention_backward(
     p_v += i_b * stride_vb + i_h * stride_vh + first_k * stride_vn
     p_dk += i_b * stride_dkb + i_h * stride_dkh + first_k * stride_dkn
     p_dv += i_b * stride_dvb + i_h * stride_dvh + first_k * stride_dvn
-    # [BLOCK_M]
-    o_m = tl.arange(0, BLOCK_M).to(tl.int64)
     p_q += i_b * stride_qb + first_q * stride_qm
     p_dout += i_b * stride_gb + first_q * stride_gm
-    p_q, p_dout = p_q + o_m * stride_qm, p_dout + o_m * stride_gm
     p_slabs += i_run.to(tl.int64) * stride_sr
     if HAS_KEY_MASK:
         p_key_mask += first_k + (0 if IS_PACKED else i_b * keys)
 
-    start = i_run * run_blocks * BLOCK_N
-    for start_n in range(start, tl.minimum(start + run_blocks * BLOCK_N, keys), BLOCK_N):
+    run_keys = tl.cdiv(tl.cdiv(keys, BLOCK_N), runs) * BLOCK_N
+    start = i_run * run_keys
+    for start_n in range(start, tl.minimum(start + run_keys, keys), BLOCK_N):
         # [BLOCK_N]
         o_n = start_n + tl.arange(0, BLOCK_N)
         m_n = o_n < seen_by_any
@@ -160,6 +160,8 @@ def attention_backward(
                     D0, D1, DV, DV0, DV1, BLOCK_M, False, IS_CAUSAL, HAS_DEAD_ROWS, HAS_KEY_MASK, HAS_SOFTCAP,
                     HAS_DROPOUT, WARPS, PRECISION,
                 )  # fmt: skip
+        # The same rows, by way of a zero that compilers can't see: kept over the loops they cost 8 registers.
+        o_n = start_n + tl.minimum(queries, 0) + tl.arange(0, BLOCK_N)
         store_rows(p_dk + o_n.to(tl.int64) * stride_dkn, times(b_dk, scale, D1), o_n < keys, D, D0, D1)
         store_rows(p_dv + o_n.to(tl.int64) * stride_dvn, b_dv, o_n < keys, DV, DV0, DV1)
         tl.debug_barrier()  # the next block adds to slab tiles that other threads may have stored
@@ -188,10 +190,11 @@ def add_tile(
     if HAS_DEAD_ROWS:  # they may hold anything
         m_i = m_i & (b_shift != float("inf"))
     # [BLOCK_M, D], [BLOCK_M, DV]
-    b_q = load_rows(p_q + tl.cast(start_m, tl.int64) * stride_qm, m_i, D, D0, D1, True)
-    b_dout = load_rows(p_dout + tl.cast(start_m, tl.int64) * stride_gm, m_i, DV, DV0, DV1, True)
+    b_q = load_rows(p_q + o_i.to(tl.int64) * stride_qm, m_i, D, D0, D1, True)
+    b_dout = load_rows(p_dout + o_i.to(tl.int64) * stride_gm, m_i, DV, DV0, DV1, True)
 
     # [BLOCK_N, BLOCK_M]
+    b_dp = dot_rows(b_v, b_dout, DV1, PRECISION)
     b_s = dot_rows(b_k, b_q, D1, PRECISION)
     b_s = score(b_s, scale, softcap, IS_WIDE, HAS_SOFTCAP)
     if IS_WIDE:
@@ -203,7 +206,6 @@ def add_tile(
         if IS_EDGE and IS_CAUSAL:
             m_s = m_s & visible(o_i[None, :], o_n[:, None], q_offset)
         b_p = tl.where(m_s, b_p, 0.0)
-    b_dp = dot_rows(b_v, b_dout, DV1, PRECISION)
     b_pz = b_p
     if HAS_DROPOUT:
         m_kept = kept(p_seed, i_b, i_head, o_i[None, :], o_n[:, None], threshold)
@@ -216,27 +218,39 @@ def add_tile(
     b_ds = b_ds.to(b_q[0].dtype)
     b_dk = add_weighted(b_dk, b_ds, b_q, D1, PRECISION)
     p_slab = p_slabs + (i_tile + start_m // BLOCK_M) * ((D0 + D1) * BLOCK_M)
-    add_to_slab(p_slab, b_k[0], b_ds, keys_done, WARPS, PRECISION)
+    add_to_slab(p_slab, b_k[0], b_ds, keys_done, D0 + D1 <= TALL_DIM, WARPS, PRECISION)
     if D1 > 0:
-        add_to_slab(p_slab + D0 * BLOCK_M, b_k[1], b_ds, keys_done, WARPS, PRECISION)
+        add_to_slab(p_slab + D0 * BLOCK_M, b_k[1], b_ds, keys_done, D0 + D1 <= TALL_DIM, WARPS, PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit
-def add_to_slab(p_slab, b_k, b_ds, keys_done, WARPS: tl.constexpr, PRECISION: tl.constexpr):
-    """dq^T += k^T dS^T, one tile of one part of the head dim.
+def add_to_slab(
+    p_slab, b_k, b_ds, keys_done, TALL: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dq += dS k, one tile of one part of the head dim.
 
-    Transposed like everything else here, so that no product asks for another layout of dS, and stored in the
-    order in which the tensor cores' accumulators lie in the threads, four numbers each: nothing is moved.
+    Tall, that is transposed like everything else here, no product asks for another layout of dS. Wide, all
+    products share out the head dim among the warps (Triton goes by the longer side of this one): otherwise
+    dk and dv of long heads don't fit into registers. Stored in the order in which the accumulators of the
+    tensor cores lie in the threads, four numbers each: nothing is moved.
     """
     SIZE: tl.constexpr = b_k.shape[1]
     BLOCK_M: tl.constexpr = b_ds.shape[1]
-    ROWS: tl.constexpr = WARPS if WARPS * 16 < SIZE else SIZE // 16  # of warps
-    # [SIZE, BLOCK_M]
-    b_dq = tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION)
+    if TALL:
+        ROWS: tl.constexpr = WARPS if WARPS * 16 < SIZE else SIZE // 16  # of warps
+        # [SIZE, BLOCK_M]
+        b_dq = tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION)
+        b_dq = tl.reshape(b_dq, (SIZE // 16 // ROWS, ROWS, 2, 8, BLOCK_M // 8, 4, 2))
+        b_dq = tl.permute(b_dq, (0, 4, 1, 3, 5, 2, 6))
+    else:
+        COLUMNS: tl.constexpr = WARPS if WARPS * 8 < SIZE else SIZE // 8  # of warps
+        # [BLOCK_M, SIZE]
+        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)
+        b_dq = tl.reshape(b_dq, (BLOCK_M // 16, 2, 8, SIZE // 8 // COLUMNS, COLUMNS, 4, 2))
+        b_dq = tl.permute(b_dq, (0, 3, 4, 2, 5, 1, 6))
     # [SIZE * BLOCK_M]
-    b_dq = tl.reshape(b_dq, (SIZE // 16 // ROWS, ROWS, 2, 8, BLOCK_M // 8, 4, 2))
-    b_dq = tl.reshape(tl.permute(b_dq, (0, 4, 1, 3, 5, 2, 6)), (SIZE * BLOCK_M,))
+    b_dq = tl.reshape(b_dq, (SIZE * BLOCK_M,))
     p_slab += tl.arange(0, SIZE * BLOCK_M)
     m_done = tl.zeros((SIZE * BLOCK_M,), tl.int32) + keys_done > 0  # before that, the slab holds nothing
     tl.store(p_slab, b_dq + tl.load(p_slab, mask=m_done, other=0.0))
@@ -245,9 +259,9 @@ def add_to_slab(p_slab, b_k, b_ds, keys_done, WARPS: tl.constexpr, PRECISION: tl
 @triton.jit(do_not_specialize=VARYING)
 def reduce_slabs(
     p_slabs, p_dq, p_offsets, p_cu_q, p_cu_k, stride_sr, stride_qb, stride_qh, stride_qm, stride_tb,
-    stride_th, row_blocks, heads, queries, keys, q_offset, runs, run_keys, scale, D: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    IS_PACKED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    stride_th, row_blocks, heads, queries, keys, q_offset, runs, scale, D: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """dq = scale times the sum over runs, in their order, of the slab tiles that a run has written."""
     i_m, i_bh = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -257,6 +271,7 @@ def reduce_slabs(
         return
     _, keys = sequence(p_cu_k, i_b, keys, IS_PACKED)
     q_offset = offset_of(p_offsets, i_b, q_offset, queries, keys, IS_CAUSAL, HAS_OFFSETS)
+    run_keys = tl.maximum(tl.cdiv(tl.cdiv(keys, BLOCK_N), runs), 1) * BLOCK_N
     written = tl.minimum(runs, tl.cdiv(keys, run_keys))
     if IS_CAUSAL:  # by the runs whose first key the tile's last row may see
         written = tl.minimum(written, tl.cdiv(tl.maximum(q_offset + (i_m + 1) * BLOCK_M, 0), run_keys))
@@ -265,26 +280,31 @@ def reduce_slabs(
     # [BLOCK_M]
     o_i = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     p_row = p_dq + i_b * stride_qb + i_h * stride_qh + (first_q + o_i) * stride_qm
-    reduce_part(p_slab, stride_sr, written, p_row, o_i < queries, scale, 0, D, D0, BLOCK_M, WARPS)
+    TALL: tl.constexpr = D0 + D1 <= TALL_DIM
+    reduce_part(p_slab, stride_sr, written, p_row, o_i < queries, scale, 0, D, D0, BLOCK_M, TALL, WARPS)
     if D1 > 0:
-        reduce_part(
-            p_slab + D0 * BLOCK_M, stride_sr, written, p_row, o_i < queries, scale, D0, D, D1, BLOCK_M, WARPS
-        )
+        p_slab += D0 * BLOCK_M
+        reduce_part(p_slab, stride_sr, written, p_row, o_i < queries, scale, D0, D, D1, BLOCK_M, TALL, WARPS)
 
 
 @triton.jit
 def reduce_part(
     p_slab, stride_sr, written, p_row, m_i, scale,
-    FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    FIRST: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, TALL: tl.constexpr,
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = WARPS if WARPS * 16 < SIZE else SIZE // 16
     p_slab += tl.arange(0, SIZE * BLOCK_M)
     b_dq = tl.zeros((SIZE * BLOCK_M,), tl.float32)
     for _ in range(written):
         b_dq += tl.load(p_slab)
         p_slab += stride_sr
     # The order of `add_to_slab`, undone: [BLOCK_M, SIZE]
-    b_dq = tl.reshape(b_dq, (SIZE // 16 // ROWS, BLOCK_M // 8, ROWS, 8, 4, 2, 2))
-    b_dq = tl.reshape(tl.permute(b_dq, (1, 4, 6, 0, 2, 5, 3)), (BLOCK_M, SIZE))
+    if TALL:
+        ROWS: tl.constexpr = WARPS if WARPS * 16 < SIZE else SIZE // 16
+        b_dq = tl.reshape(b_dq, (SIZE // 16 // ROWS, BLOCK_M // 8, ROWS, 8, 4, 2, 2))
+        b_dq = tl.reshape(tl.permute(b_dq, (1, 4, 6, 0, 2, 5, 3)), (BLOCK_M, SIZE))
+    else:
+        COLUMNS: tl.constexpr = WARPS if WARPS * 8 < SIZE else SIZE // 8
+        b_dq = tl.reshape(b_dq, (BLOCK_M // 16, SIZE // 8 // COLUMNS, COLUMNS, 8, 4, 2, 2))
+        b_dq = tl.reshape(tl.permute(b_dq, (0, 5, 3, 1, 2, 4, 6)), (BLOCK_M, SIZE))
     store_part(p_row, b_dq * scale, m_i, FIRST, D, SIZE)

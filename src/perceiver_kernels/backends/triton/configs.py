@@ -42,10 +42,10 @@ def padded(dim: int) -> int:
 def head_parts(dim: int, longest: int) -> tuple[int, int]:
     """The one or two powers of two (0 for none) in which a head dim lies on chip: 64 + 0, 64 + 32, 64 + 64.
 
-    One where it wastes less than a quarter and is at most ``longest``.
+    One where it is at most ``longest`` and either less than that or wasting less than a quarter.
     """
     whole = padded(dim)
-    if whole == 16 or (whole <= longest and dim > whole * 3 // 4):
+    if whole <= max(16, longest // 2) or (whole <= longest and dim > whole * 3 // 4):
         return whole, 0
     return whole // 2, padded(dim - whole // 2)
 
@@ -71,12 +71,12 @@ def backward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> 
 def parts(programs: int, key_blocks: int, slots: int) -> int:
     """Into how many runs of key blocks the work of each program is cut, to fill ``slots`` programs at a time.
 
-    Takes the number that minimises the time of the waves, in key blocks, each program paying two blocks for its
-    start and end and each part one for its merge; of equals the fewest.
+    Takes the number that minimises the time of the waves, in key blocks: each program pays two blocks for its
+    start and end, the merge one for every 16 parts. Of equals the fewest.
     """
 
     def cost(count: int) -> int:
         waves = -(-programs * count // slots)
-        return waves * (-(-key_blocks // count) + 2) + (count if count > 1 else 0)
+        return 16 * waves * (-(-key_blocks // count) + 2) + (count if count > 1 else 0)
 
     return min(range(1, max(1, min(key_blocks, 4 * slots)) + 1), key=cost)

@@ -34,7 +34,7 @@ def attention_forward(
     p_q, p_k, p_v, p_out, p_lse, p_offsets, p_key_mask, p_cu_q, p_cu_k, p_seed, stride_qb, stride_qh,
     stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_os, stride_ob,
     stride_oh, stride_om, stride_ls, stride_lb, stride_lh, row_blocks, kv_heads, queries, keys, q_offset,
-    split_blocks, scale, exponent, softcap, threshold, keep_factor, GROUP: tl.constexpr, D: tl.constexpr,
+    scale, exponent, softcap, threshold, keep_factor, GROUP: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_PACKED: tl.constexpr,
     IS_NEGATIVE: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
@@ -58,8 +58,9 @@ def attention_forward(
         seen_by_any = tl.minimum(keys, q_offset + queries)
         seen = tl.minimum(keys, q_offset + last_i + 1)
         seen_by_all = tl.minimum(keys, q_offset + first_i + 1)
-    start = i_s * split_blocks * BLOCK_N
-    stop = tl.minimum(start + split_blocks * BLOCK_N, seen)
+    split_keys = tl.cdiv(tl.cdiv(keys, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    start = i_s * split_keys
+    stop = tl.minimum(start + split_keys, seen)
     full = tl.minimum(tl.maximum(seen_by_all, 0) // BLOCK_N * BLOCK_N, stop)
 
     # [BLOCK_M]
@@ -151,39 +152,46 @@ def attend_block(
 
 @triton.jit(do_not_specialize=VARYING)
 def combine_splits(
-    p_parts, p_part_lses, p_out, p_lse, stride_ob, stride_oh, stride_om, row_blocks, heads, queries, splits,
-    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_parts, p_part_lses, p_out, p_lse, stride_ob, stride_oh, stride_om, heads, queries, splits,
+    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Merge partial results over disjoint keys, in the order of the splits.
+    """Merge a row's partial results over disjoint keys; one program owns a row.
 
     parts (splits, B, H, M, DV) and part_lses (splits, B, H, M) float32, contiguous. Rows without a key in a
     split come with lse -inf and weigh nothing.
     """
-    i_m, i_bh = tl.program_id(0) % row_blocks, (tl.program_id(0) // row_blocks).to(tl.int64)
-    # [BLOCK_M]
-    o_i = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_i = o_i < queries
-    split_rows = (tl.num_programs(0) // row_blocks).to(tl.int64) * queries
-    p_part_lses += i_bh * queries + o_i
-    p_parts = p_parts + (i_bh * queries + o_i) * DV
+    STEP: tl.constexpr = 16
+    i_row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    i_bh, i_m = i_row // queries, i_row % queries
+    p_parts += i_row * DV
+    p_part_lses += i_row
+    # [BLOCK_S]: all splits
+    o_s = tl.arange(0, BLOCK_S)
+    b_lses = tl.load(p_part_lses + o_s * rows, mask=o_s < splits, other=float("-inf"))
+    b_max = tl.maximum(tl.max(b_lses, 0), LOWEST)
+    b_sum = tl.sum(tl.exp(b_lses - b_max), 0)
+    is_dead = b_sum == 0.0
+    b_sum = tl.where(is_dead, 1.0, b_sum)
 
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for i_s in range(splits):
-        b_max = tl.maximum(b_max, tl.load(p_part_lses + i_s * split_rows, mask=m_i, other=float("-inf")))
-    b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    # [BLOCK_M, DV]
-    b_out = zero_rows(BLOCK_M, DV0, DV1)
-    for i_s in range(splits):
-        b_weight = tl.exp(tl.load(p_part_lses + i_s * split_rows, mask=m_i, other=float("-inf")) - b_shift)
-        b_sum += b_weight
-        b_part = load_rows(p_parts + i_s * split_rows * DV, m_i, DV, DV0, DV1, True)
+    # [STEP], [STEP, DV]
+    o_s = tl.arange(0, STEP).to(tl.int64)
+    b_out = zero_rows(STEP, DV0, DV1)
+    for start_s in range(0, splits, STEP):
+        o_split = start_s + o_s
+        m_s = o_split < splits
+        b_weight = (
+            tl.exp(tl.load(p_part_lses + o_split * rows, mask=m_s, other=float("-inf")) - b_max) / b_sum
+        )
+        b_part = load_rows(p_parts + o_split * rows * DV, m_s, DV, DV0, DV1, True)
         b_out = plus(b_out, times(b_part, b_weight[:, None], DV1), DV1)
-    m_dead = b_sum == 0.0
-    b_sum = tl.where(m_dead, 1.0, b_sum)
-    b_lse = tl.where(m_dead, float("-inf"), b_max + tl.log(b_sum))
-    p_out += (i_bh // heads) * stride_ob + (i_bh % heads) * stride_oh
-    store_rows(
-        p_out + o_i.to(tl.int64) * stride_om, times(b_out, 1.0 / b_sum[:, None], DV1), m_i, DV, DV0, DV1
-    )
-    tl.store(p_lse + i_bh * queries + o_i, b_lse, mask=m_i)
+    p_out += (i_bh // heads) * stride_ob + (i_bh % heads) * stride_oh + i_m * stride_om
+    store_sum(p_out, b_out[0], 0, DV, DV0)
+    if DV1 > 0:
+        store_sum(p_out, b_out[1], DV0, DV, DV1)
+    tl.store(p_lse + i_row, tl.where(is_dead, float("-inf"), b_max + tl.log(b_sum)))
+
+
+@triton.jit
+def store_sum(p_row, b_rows, FIRST: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr):
+    o_dv = FIRST + tl.arange(0, SIZE)
+    tl.store(p_row + o_dv, tl.sum(b_rows, 0).to(p_row.dtype.element_ty), mask=o_dv < DV)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
-from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, parts
+from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, padded, parts
 from perceiver_kernels.spec import AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
@@ -21,7 +21,6 @@ _FORWARD_PART, _BACKWARD_PART = (
     64,
     256,
 )  # longest part of a head dim: shorter ones spill less, longer ones feed 8 warps
-_ROWS = 32  # of a program of combine_splits
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,6 @@ def forward_launches(
     splits = min(
         _fixed_parts() or parts(programs, key_blocks, device.processors * config.programs), max(key_blocks, 1)
     )
-    split_blocks = -(-key_blocks // splits) if splits else 0
     if splits == 1:
         part, part_lse = out, lse
     else:
@@ -172,7 +170,7 @@ def forward_launches(
         "stride_os": 0 if splits == 1 else part.stride(0),
         "stride_ls": 0 if splits == 1 else part_lse.stride(0),
         **lse_strides(lse),
-        "row_blocks": row_blocks, "split_blocks": split_blocks, "scale": scale,
+        "row_blocks": row_blocks, "scale": scale,
         # a scale of 0 becomes the smallest normal number: -inf * 0 is NaN
         "exponent": max(1.0 if natural else scale, 2.0**-126) * math.log2(math.e),
         **_score_arguments(problem),
@@ -189,16 +187,16 @@ def forward_launches(
         config.num_stages,
     )
     if splits > 1:
-        heads, queries = (problem.H, lse.shape[-1])
-        blocks = -(-queries // _ROWS)
-        arguments = {
-            "p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse, **row_strides("om", out),
-            "row_blocks": blocks, "heads": heads, "queries": queries, "splits": splits,
-        }  # fmt: skip
-        constants = {"DV": problem.DV, **_head_parts("DV", problem.DV, _FORWARD_PART), "BLOCK_M": _ROWS}
         yield Launch(
-            forward_kernels.combine_splits, (blocks * math.prod(lse.shape[:-1]), 1), arguments, constants
-        )
+            forward_kernels.combine_splits,
+            (lse.numel(), 1),
+            {
+                "p_parts": part, "p_part_lses": part_lse, "p_out": out, "p_lse": lse,
+                **row_strides("om", out), "heads": problem.H, "queries": lse.shape[-1], "splits": splits,
+            },
+            {"DV": problem.DV, **_head_parts("DV", problem.DV, _FORWARD_PART), "BLOCK_S": padded(splits)},
+            num_warps=1,
+        )  # fmt: skip
 
 
 def _part_strides(part: Tensor) -> dict[str, int]:
@@ -249,7 +247,6 @@ def backward_launches(
         _fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs),
         most,
     )
-    run_blocks = max(1, -(-key_blocks // runs))
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
     yield Launch(
@@ -260,7 +257,7 @@ def backward_launches(
             "p_slabs": slabs, "p_dk": dk, "p_dv": dv,
             **row_strides("qm", query), **row_strides("kn", key), **row_strides("vn", value),
             **row_strides("gm", dout), **row_strides("dkn", dk), **row_strides("dvn", dv), **tile_strides,
-            "stride_sr": slabs.stride(0), "runs": runs, "run_blocks": run_blocks, "scale": spec.scale,
+            "stride_sr": slabs.stride(0), "runs": runs, "scale": spec.scale,
             "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
             **scores,
         },
@@ -276,11 +273,11 @@ def backward_launches(
         {
             "p_slabs": slabs, "p_dq": dq, **row_strides("qm", dq), **tile_strides,
             "stride_sr": slabs.stride(0), "row_blocks": row_blocks, "heads": problem.H, "runs": runs,
-            "run_keys": run_blocks * config.block_n, "scale": spec.scale,
+            "scale": spec.scale,
             **{name: scores[name] for name in shared},
         },
         {"D": problem.D, **_head_parts("D", problem.D, _BACKWARD_PART), "BLOCK_M": tile,
-         "WARPS": config.num_warps, "IS_CAUSAL": spec.is_causal,
+         "BLOCK_N": config.block_n, "WARPS": config.num_warps, "IS_CAUSAL": spec.is_causal,
          "IS_PACKED": spec.is_packed, "HAS_OFFSETS": spec.q_offsets is not None},
     )  # fmt: skip
 

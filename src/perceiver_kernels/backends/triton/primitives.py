@@ -14,8 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)  # where a row's maximum starts: finite, so that no -inf meets another
 
 VARYING = [
-    "row_blocks", "heads", "kv_heads", "queries", "keys", "q_offset", "splits", "split_blocks", "runs",
-    "run_blocks", "run_keys", "threshold",
+    "row_blocks", "heads", "kv_heads", "queries", "keys", "q_offset", "splits", "runs", "threshold",
 ]  # fmt: skip
 """Sizes that change from call to call: no kernel is compiled anew where one becomes 1 or a multiple of 16."""
 

@@ -59,8 +59,8 @@ def _candidates(default: Config) -> Iterable[Config]:
     """The default and its neighbours: half and twice of each size, one stage more or less."""
     m, n, warps, stages = astuple(default)
     sizes = [
-        (m, n, warps, stages), (m, n, warps, stages + 1), (m, n, warps, stages - 1), (m, n // 2, warps, stages),
-        (m, n * 2, warps, stages), (m // 2, n, warps, stages), (m, n, 12 - warps, stages),
+        (m, n, warps, stages), (m, n, warps, stages + 1), (m, n, warps, stages - 1),
+        (m, n // 2, warps, stages), (m, n * 2, warps, stages), (m // 2, n, warps, stages), (m, n, 12 - warps, stages),
         (m, n * 2, 12 - warps, stages),
     ]  # fmt: skip
     return dict.fromkeys(

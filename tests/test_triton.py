@@ -1,0 +1,198 @@
+"""What is the Triton backend's own: refusals, the split rule, settings, tuning, compilation for any GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE, USABLE
+
+import perceiver_kernels as pk
+from perceiver_kernels.backends import triton as backend
+from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, parts
+from perceiver_kernels.testing.cases import Case
+from perceiver_kernels.testing.inputs import make_inputs
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from perceiver_kernels.backends.triton import launch, tuning  # noqa: E402
+from perceiver_kernels.backends.triton.compile import compile_launch  # noqa: E402
+from perceiver_kernels.spec import empty_gradients, empty_outputs  # noqa: E402
+
+runs = pytest.mark.skipif("triton" not in USABLE, reason="needs a GPU, or TRITON_INTERPRET=1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+CASE = Case("case", 1, 4, 2, 33, 300)
+
+
+def launches(case: Case, dtype: torch.dtype, config: Config, device: Device) -> list[launch.Launch]:
+    """Forward and backward of a case whose tensors hold nothing."""
+    tensors = [
+        torch.empty(case.B, heads, rows, dim, dtype=dtype, device="meta")
+        for heads, rows, dim in (
+            (case.H, case.M, case.D),
+            (case.Hkv, case.N, case.D),
+            (case.Hkv, case.N, case.Dv),
+        )
+    ]
+    inputs = make_inputs(case, torch.float32, "cpu")
+    problem = launch.make_problem(*tensors, inputs.spec())
+    out, lse = empty_outputs(tensors[0], tensors[2])
+    ahead = launch.forward_launches(problem, *tensors, out, lse, device, config)
+    gradients = empty_gradients(*tensors)
+    back = launch.backward_launches(problem, out, None, *tensors, out, lse, gradients, device, config)
+    return [*ahead, *back]
+
+
+def test_refusals_name_the_argument_and_what_came() -> None:
+    query, key, value = (
+        torch.zeros(1, 2, n, dim, dtype=torch.float64) for n, dim in ((3, 12), (9, 12), (9, 264))
+    )
+    reasons = backend.unsupported(query, key, value, make_inputs(CASE, torch.float32).spec())
+    assert reasons == [
+        "query has head dim 12; the kernels take multiples of 8 up to 256",
+        "value has head dim 264; the kernels take multiples of 8 up to 256",
+        "query is float64; the kernels take float32, bfloat16 and float16",
+    ]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu" or INTERPRETED, reason="on a CPU without the interpreter")
+def test_without_a_gpu_it_says_how_to_run_all_the_same() -> None:
+    query = torch.zeros(1, 1, 3, 8)
+    with pytest.raises(
+        ValueError, match=r"triton: runs on cuda tensors; .* interpreter \(TRITON_INTERPRET=1\)"
+    ):
+        pk.perceiver_attention(query, query, query, backend="triton")
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+@pytest.mark.parametrize("longest", [64, 256])
+def test_head_parts(dim: int, longest: int) -> None:
+    first, second = head_parts(dim, longest)
+    assert first + second >= dim
+    assert first >= 16
+    assert first & (first - 1) == second & (second - 1) == 0
+    assert second == 0 or first < dim
+    assert first <= max(longest, 128)
+    assert first + second < 2 * max(dim, 16)
+
+
+def test_split_rule_fills_the_device_and_no_more() -> None:
+    assert parts(108 * 2, 256, 108 * 2) == 1  # one full wave needs no split
+    assert 13 <= parts(8, 256, 108) <= 14  # eight programs: one wave of 104 or 108
+    assert 128 <= parts(1, 8192, 132) <= 132
+    assert parts(1, 3, 132) == 3  # never more than there are blocks
+    assert parts(5, 0, 132) == 1
+    for programs in (1, 3, 8, 64, 500):
+        count = parts(programs, 1024, 132)
+        waves = -(-programs * count // 132)
+        assert programs * count > 0.8 * 132 * waves or count == 1, programs
+
+
+@runs
+@pytest.mark.parametrize("splits", ["1", "2", "5", "100"])
+def test_splits_set_by_the_user(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(CASE, torch.float32)
+    want = inputs.run("reference")
+    monkeypatch.setenv(launch.SPLITS, splits)
+    got = inputs.run("triton")
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize("splits", ["-1", "two", ""])
+def test_a_bad_number_of_splits_is_an_error(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.SPLITS, splits)
+    with pytest.raises(ValueError, match=f"^{launch.SPLITS} must be a number of splits, .* got '{splits}'$"):
+        launches(CASE, torch.float16, Config(64, 32, 4, 2), Device("sm_80", 108))
+
+
+def test_fixed_splits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launch.SPLITS, "4")
+    config, device = Config(64, 32, 4, 2), Device("sm_80", 108)
+    one, many = (launches(Case("b", b, 4, 4, 33, 900), torch.float16, config, device) for b in (1, 64))
+    for a, b in zip(one, many, strict=True):
+        assert a.grid[1] == b.grid[1]
+        for name in ("splits", "runs"):
+            assert a.arguments.get(name) == b.arguments.get(name)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_a_gpu(arch: str) -> None:
+    for one in launches(CASE, torch.float16, Config(32, 32, 4, 1), Device(arch, 100)):
+        compiled = compile_launch(one, arch)
+        assert compiled.metadata.shared <= 64 << 10
+        assert ("cubin" if arch.startswith("sm") else "hsaco") in compiled.asm
+
+
+# Tuning. What it measures is made up here: the order of the candidates decides.
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
+    seen: list[Config] = []
+
+    def measure(run: Any) -> float:
+        config = run.args[0]
+        seen.append(config)
+        return float("inf") if config.num_stages > 2 else float(config.block_n)
+
+    monkeypatch.setattr(tuning, "_time", measure)
+    monkeypatch.setenv(tuning.CACHE, str(tmp_path))
+    return seen
+
+
+def problem() -> launch.Problem:
+    inputs = make_inputs(CASE, torch.float16, "cpu")
+    return launch.make_problem(inputs.query, inputs.key, inputs.value, inputs.spec())
+
+
+def test_tuning_takes_the_fastest_and_remembers_it(measured: list[Config], tmp_path: Path) -> None:
+    default, device = Config(64, 64, 4, 2), Device("sm_80", 108)
+    first = tuning.tuned("forward", problem(), device, default, lambda config: None)
+    assert first == Config(64, 32, 4, 2)
+    assert default in measured
+    assert len(set(measured)) == len(measured) > 4
+    count = len(measured)
+    assert tuning.tuned("forward", problem(), device, default, lambda config: None) == first
+    assert len(measured) == count
+    tuning.tuned("backward", problem(), device, default, lambda config: None)
+    assert len(measured) > count
+    (file,) = tmp_path.iterdir()
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_a_broken_cache_is_measured_again(measured: list[Config], tmp_path: Path) -> None:
+    default, device = Config(64, 64, 4, 2), Device("sm_80", 108)
+    tuning.tuned("forward", problem(), device, default, lambda config: None)
+    (file,) = tmp_path.iterdir()
+    file.write_text("{")
+    with pytest.warns(UserWarning, match="can't be read"):
+        assert tuning.tuned("forward", problem(), device, default, lambda config: None).block_n == 32
+    assert json.loads(file.read_text())
+
+
+def test_an_unwritable_cache_is_a_warning(measured: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.CACHE, "/proc/none")
+    with pytest.warns(UserWarning, match="can't be remembered"):
+        tuning.tuned("forward", problem(), Device("sm_80", 108), Config(64, 64, 4, 2), lambda config: None)
+
+
+@runs
+def test_tuned_calls_give_the_answer(measured: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.TUNE, "1")
+    inputs = make_inputs(CASE, torch.float32)
+    got, want = inputs.run("triton"), inputs.run("reference")
+    assert measured
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+def test_tuning_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.TUNE, "yes")
+    with pytest.raises(ValueError, match=f"^{tuning.TUNE} must be 0 or 1, got 'yes'$"):
+        tuning.enabled()

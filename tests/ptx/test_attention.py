@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ CASES: list[tuple[torch.dtype, Case]] = [
 ]  # fmt: skip
 
 
-def execute(launch: launches.Launch) -> Report | None:
+def execute(launch: launches.Launch, ptx: str | None = None) -> Report | None:
     """Run a launch on the machine; what it is to write counts as unwritten before."""
     if 0 in launch.grid:
         return None
@@ -67,32 +68,37 @@ def execute(launch: launches.Launch) -> Report | None:
         if parameter.is_constexpr or value is None or specialised:
             continue
         if parameter.name in WRITTEN[launch.kernel.__name__]:
-            value.untyped_storage().fill_(0xFF) if value.numel() else None
+            value.untyped_storage().fill_(0xFF)  # NaN
             value = Empty(value)
         arguments.append(value)
-    return launch_triton(kernel, launch.grid, arguments)
+    return launch_triton(kernel, launch.grid, arguments, ptx=ptx)
 
 
-def run(inputs: Inputs) -> dict[str, Tensor]:
-    """Forward and backward in the default configurations of sm_80, on a device of three processors."""
+def outputs(inputs: Inputs) -> dict[str, Tensor]:
+    """Memory for the results."""
+    out, lse = empty_outputs(inputs.query, inputs.value)
+    dq, dk, dv = empty_gradients(inputs.query, inputs.key, inputs.value)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def default_launches(inputs: Inputs, into: dict[str, Tensor], processors: int) -> Iterator[launches.Launch]:
+    """Forward and backward in the default configurations of sm_80."""
     query, key, value = inputs.query, inputs.key, inputs.value
-    problem, device = launches.make_problem(query, key, value, inputs.spec()), Device("sm_80", 3)
+    problem, device = launches.make_problem(query, key, value, inputs.spec()), Device("sm_80", processors)
     sizes = (max(problem.D, problem.DV), problem.dtype, device.arch)
-    out, lse = empty_outputs(query, value)
-    ahead = forward_config(problem.rows, *sizes)
-    for launch in launches.forward_launches(problem, query, key, value, out, lse, device, ahead):
-        execute(launch)
-    gradients, back = empty_gradients(query, key, value), backward_config(problem.M, *sizes)
-    tensors = (inputs.dout, inputs.dlse, query, key, value, out, lse, gradients)
-    for launch in launches.backward_launches(problem, *tensors, device, back):
-        execute(launch)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True))
+    ahead, back = forward_config(problem.rows, *sizes), backward_config(problem.M, *sizes)
+    residuals, gradients = (into["out"], into["lse"]), (into["dq"], into["dk"], into["dv"])
+    yield from launches.forward_launches(problem, query, key, value, *residuals, device, ahead)
+    tensors = (inputs.dout, inputs.dlse, query, key, value, *residuals, gradients)
+    yield from launches.backward_launches(problem, *tensors, device, back)
 
 
 @pytest.mark.parametrize(("dtype", "case"), CASES, ids=[f"{case.name}" for _, case in CASES])
 def test_forward_and_backward(dtype: torch.dtype, case: Case) -> None:
     inputs = make_inputs(case, dtype)
-    got, want, plain = run(inputs), reference64(inputs), math_reference(inputs)
+    got, want, plain = outputs(inputs), reference64(inputs), math_reference(inputs)
+    for launch in default_launches(inputs, got, processors=3):
+        execute(launch)
     for name in got:
         limit = budget(plain[name], want[name], dtype)
         error = relative_error(got[name], want[name])

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,9 +123,16 @@ def _tuned(kind: str, problem: Any, device: Device, default: Config, run: Callab
     return tuning.tuned(kind, problem, device, default, run) if tuning.enabled() else default
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on torch's current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Triton launches on torch's current device; its interpreter warns of every infinity and NaN."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
 
 
 @functools.lru_cache(maxsize=64)

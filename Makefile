@@ -38,8 +38,13 @@ build: $(VENV)/.built
 demo: build
 	$(BIN)/perceiver-kernels demo --output demo-output
 
+# Once more for the Triton kernels, under their interpreter: it is chosen when a process starts.
+INTERPRETED := $(addprefix tests/test_,contract.py gradients.py dropout.py varlen.py invariants.py triton.py)
+
 test: build
 	$(BIN)/python -m pytest
+	if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest --backends triton,cpu $(INTERPRETED); fi
 
 # $(call kernels_test,folder,CMake options): builds tests/cpp, for which neither Python nor torch is needed.
 define kernels_test

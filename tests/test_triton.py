@@ -81,15 +81,16 @@ def test_head_parts(dim: int, longest: int) -> None:
 
 
 def test_split_rule_fills_the_device_and_no_more() -> None:
-    assert parts(108 * 2, 256, 108 * 2) == 1  # one full wave needs no split
-    assert 13 <= parts(8, 256, 108) <= 14  # eight programs: one wave of 104 or 108
-    assert 128 <= parts(1, 8192, 132) <= 132
-    assert parts(1, 3, 132) == 3  # never more than there are blocks
-    assert parts(5, 0, 132) == 1
+    assert parts(216, 256, 216, 5) == 1  # one full wave needs no split
+    assert parts(64, 256, 216, 5) == 3  # 192 programs, one wave: 8 % more of it isn't worth seven more parts
+    assert parts(8, 2048, 216, 1) == 27
+    assert 128 <= parts(1, 8192, 132, 1) <= 132
+    assert parts(1, 3, 132, 5) == 1  # three blocks are sooner done than merged
+    assert parts(1, 12, 132, 1) == 12  # never more than there are blocks
+    assert parts(5, 0, 132, 1) == 1
     for programs in (1, 3, 8, 64, 500):
-        count = parts(programs, 1024, 132)
-        waves = -(-programs * count // 132)
-        assert programs * count > 0.8 * 132 * waves or count == 1, programs
+        count = parts(programs, 1024, 132, 1)
+        assert programs * count > 0.8 * 132 * -(-programs * count // 132), programs
 
 
 @runs

@@ -1,16 +1,16 @@
-"""Which tile a kernel takes, and into how many parts the keys are split: pure functions of shape and device."""
+"""Which tile a kernel takes, and into how many parts keys are split: pure functions of shape and device."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of tiles and splits may depend on: ``sm_80``, ``gfx942`` ..., and its processor count."""
+    """What the choice of tiles and splits may depend on: ``sm_80``, ``gfx942`` ..., and its processors."""
 
     arch: str
     processors: int
@@ -31,6 +31,82 @@ class Config:
         return max(1, 8 // self.num_warps)
 
 
+# Defaults of bfloat16 and float16, by the longest head dim that they serve, chosen without a GPU: what `make
+# static` finds to fit into shared memory, not to spill and, by its model, to keep the tensor cores busiest.
+_FORWARD: dict[str, dict[int, Config]] = {
+    # 163 KiB. 32 rows per warp feed two products with each fragment of K; two programs share a processor.
+    "sm_80": {
+        32: Config(128, 32, 4, 3),
+        64: Config(128, 64, 4, 3),
+        128: Config(128, 32, 4, 3),
+        192: Config(64, 32, 4, 3),
+        256: Config(128, 16, 8, 3),
+    },
+    # 99 KiB: two programs have 49 KiB each. Its tensor cores are half as fast: 16 rows per warp will do.
+    "sm_86": {
+        32: Config(128, 32, 4, 3),
+        64: Config(128, 64, 4, 3),
+        128: Config(64, 64, 4, 2),
+        192: Config(64, 16, 4, 3),
+        256: Config(128, 16, 8, 3),
+    },
+    # 227 KiB. Groups of four warps multiply 64 rows.
+    "sm_90": {
+        128: Config(64, 64, 4, 3),
+        192: Config(128, 64, 8, 3),
+        256: Config(128, 32, 8, 3),
+    },
+    # 227 KiB. The tensor cores reach full speed with 128 rows.
+    "sm_100": {
+        192: Config(128, 64, 8, 3),
+        256: Config(128, 64, 8, 2),
+    },
+    # 64 KiB (gfx942), 160 KiB (gfx950); up to 256 registers two waves share a SIMD.
+    "gfx": {
+        64: Config(128, 64, 4, 2),
+        256: Config(128, 32, 4, 2),
+    },
+}
+# Registers bind: dk and dv of all the keys of a block live in them. Up to a head dim of 128 a warp has 16 keys of
+# its own or repeats the work of another; beyond, the warps share out the head dim.
+_BACKWARD: dict[str, dict[int, Config]] = {
+    "sm_80": {
+        32: Config(32, 128, 4, 3),
+        64: Config(16, 128, 4, 3),
+        128: Config(32, 128, 8, 3),
+        192: Config(64, 32, 4, 2),
+        256: Config(64, 64, 8, 2),
+    },
+    "sm_86": {
+        32: Config(32, 64, 2, 3),
+        64: Config(32, 64, 4, 3),
+        128: Config(16, 64, 4, 3),
+        256: Config(32, 32, 8, 3),
+    },
+    "sm_90": {
+        32: Config(32, 64, 4, 3),
+        64: Config(64, 64, 4, 3),
+        128: Config(32, 128, 8, 3),
+        256: Config(64, 64, 8, 2),
+    },
+    "sm_100": {
+        32: Config(32, 64, 4, 3),
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 64, 8, 2),
+        192: Config(32, 64, 8, 2),
+        256: Config(32, 32, 8, 2),
+    },
+    "gfx": {
+        64: Config(32, 128, 4, 2),
+        128: Config(32, 64, 4, 1),
+        192: Config(32, 32, 4, 1),
+        256: Config(16, 32, 4, 1),
+    },
+}
+_FAMILIES = {
+    "sm_86": "sm_86", "sm_89": "sm_86", "sm_120": "sm_86", "sm_121": "sm_86",
+    "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100",
+}  # fmt: skip
 SHORT_ROWS = 16  # up to so many packed rows a program has nothing but these, and many keys
 
 
@@ -51,32 +127,49 @@ def head_parts(dim: int, longest: int) -> tuple[int, int]:
 
 
 def forward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
-    dim = padded(head_dim)
-    if rows <= SHORT_ROWS:
-        return Config(16, 32 if dtype == torch.float32 else 64, 4, 2)
-    if dtype == torch.float32:
-        return Config(32, 32, 4 if dim <= 64 else 8, 1)
-    return {256: Config(64, 32, 8, 2), 128: Config(128, 64, 8, 2)}.get(dim, Config(128, 64, 4, 2))
+    """The default for ``rows`` packed rows."""
+    family = _family(arch)
+    if dtype == torch.float32:  # no tensor cores: registers bind
+        return Config(16 if rows <= SHORT_ROWS else 32, 32, 4 if family == "gfx" else 8, 1)
+    if rows <= SHORT_ROWS:  # a stream of keys: many bytes under way, several programs on a processor
+        return Config(16, 64 if head_dim <= 128 else 32, 4, 2 if family == "gfx" else 3)
+    config = _serving(_FORWARD[family], head_dim)
+    if rows <= 64 < config.block_m:
+        return replace(
+            config, block_m=64, block_n=min(config.block_n, 64 if head_dim <= 128 else 32), num_warps=4
+        )
+    return config
 
 
 def backward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
-    dim = padded(head_dim)
-    block_m = 16 if rows <= SHORT_ROWS else 32
+    """The default for ``rows`` queries of a head."""
+    family = _family(arch)
     if dtype == torch.float32:
-        return Config(block_m, 32, 8, 1)
-    return Config(block_m, {256: 32, 128: 64}.get(dim, 128), 8, 2)
+        return Config(16, 32, 4 if family == "gfx" else 8, 1)
+    config = _serving(_BACKWARD[family], head_dim)
+    return replace(config, block_m=16) if rows <= SHORT_ROWS else config
+
+
+def _family(arch: str) -> str:
+    """Which rows of the tables serve ``arch``; what is unknown is taken for an A100."""
+    return "gfx" if arch.startswith("gfx") else _FAMILIES.get(arch, "sm_80")
+
+
+def _serving(table: dict[int, Config], head_dim: int) -> Config:
+    return next(config for longest, config in table.items() if head_dim <= longest)
 
 
 @functools.lru_cache(maxsize=1024)
-def parts(programs: int, key_blocks: int, slots: int) -> int:
+def parts(programs: int, key_blocks: int, slots: int, merge: int) -> int:
     """Into how many runs of key blocks the work of each program is cut, to fill ``slots`` programs at a time.
 
-    Takes the number that minimises the time of the waves, in key blocks: each program pays two blocks for its
-    start and end, the merge one for every 16 parts. Of equals the fewest.
+    Takes the number that minimises the time of the waves, counted in key blocks: each program pays two for
+    its start and end, and ``merge`` for what it leaves to be merged where there are several. Of equals the
+    fewest.
     """
 
     def cost(count: int) -> int:
         waves = -(-programs * count // slots)
-        return 16 * waves * (-(-key_blocks // count) + 2) + (count if count > 1 else 0)
+        return waves * (-(-key_blocks // count) + 2 + (merge if count > 1 else 0))
 
     return min(range(1, max(1, min(key_blocks, 4 * slots)) + 1), key=cost)

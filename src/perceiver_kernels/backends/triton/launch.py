@@ -154,7 +154,14 @@ def forward_launches(
     row_blocks, key_blocks = -(-problem.rows // config.block_m), -(-problem.N // config.block_n)
     programs = row_blocks * problem.B * problem.Hkv
     splits = min(
-        _fixed_parts() or parts(programs, key_blocks, device.processors * config.programs), max(key_blocks, 1)
+        _fixed_parts()
+        or parts(
+            programs,
+            key_blocks,
+            device.processors * config.programs,
+            merge=1 + min(problem.rows, config.block_m) // 32,
+        ),
+        max(key_blocks, 1),
     )
     if splits == 1:
         part, part_lse = out, lse
@@ -244,7 +251,8 @@ def backward_launches(
     dims = sum(head_parts(problem.D, _BACKWARD_PART))
     most = max(1, min(key_blocks, SLAB_BYTES // max(tiles * tile * dims * 4, 1)))
     runs = min(
-        _fixed_parts() or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs),
+        _fixed_parts()
+        or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs, merge=1),
         most,
     )
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)

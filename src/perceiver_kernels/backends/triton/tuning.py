@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,22 @@ def tuned(
 
 def _candidates(default: Config) -> Iterable[Config]:
     """The default and its neighbours: half and twice of each size, one stage more or less."""
-    m, n, warps, stages = astuple(default)
-    sizes = [
-        (m, n, warps, stages), (m, n, warps, stages + 1), (m, n, warps, stages - 1),
-        (m, n // 2, warps, stages), (m, n * 2, warps, stages), (m // 2, n, warps, stages), (m, n, 12 - warps, stages),
-        (m, n * 2, 12 - warps, stages),
-    ]  # fmt: skip
-    return dict.fromkeys(
-        Config(*size)
-        for size in sizes
-        if size[0] >= 16 and 16 <= size[1] <= 128 and size[2] in (4, 8) and size[3] >= 1
-    )
+    neighbours = [default]
+    for name, values in {
+        "num_stages": (default.num_stages + 1, default.num_stages - 1),
+        "block_n": (default.block_n // 2, default.block_n * 2),
+        "block_m": (default.block_m // 2,),
+        "num_warps": (12 - default.num_warps,),
+    }.items():
+        neighbours += [replace(default, **{name: value}) for value in values]
+    return [
+        config
+        for config in neighbours
+        if config.block_m >= 16
+        and 16 <= config.block_n <= 128
+        and config.num_warps in (4, 8)
+        and config.num_stages >= 1
+    ]
 
 
 def _time(run: Callable[[], Any]) -> float:

@@ -159,7 +159,7 @@ def forward_launches(
             programs,
             key_blocks,
             device.processors * config.programs,
-            merge=1 + min(problem.rows, config.block_m) // 32,
+            merge=1 + 2 * min(problem.rows, config.block_m) // config.block_n,
         ),
         max(key_blocks, 1),
     )

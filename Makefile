@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test sanitize aarch64 bench gpu-check lint format clean
+.PHONY: help build demo test sanitize aarch64 bench gpu-check static lint format clean
 
 help:
 	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
 	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table and JSON"
 	@echo "make gpu-check  on a machine with a GPU: tests, compute-sanitizer and benchmarks into gpu-check-output/"
+	@echo "make static  the Triton kernels compiled for every GPU without one: registers, spills, model (20 minutes)"
 	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
 	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
 	@echo "make lint    ruff, mypy and clang-format;  make format applies what they can fix"
@@ -80,6 +81,9 @@ bench: build
 gpu-check: build
 	$(BIN)/perceiver-kernels gpu-check --output gpu-check-output
 
+static: build
+	$(BIN)/python -m benchmarks.static --json static.json --markdown static.md
+
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -92,4 +96,4 @@ format: build
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build demo-output gpu-check-output bench.json
+	rm -rf $(VENV) build demo-output gpu-check-output bench.json static.json static.md

@@ -67,8 +67,8 @@ _FORWARD: dict[str, dict[int, Config]] = {
         256: Config(128, 32, 4, 2),
     },
 }
-# Registers bind: dk and dv of all the keys of a block live in them. Up to a head dim of 128 a warp has 16 keys of
-# its own or repeats the work of another; beyond, the warps share out the head dim.
+# Registers bind: dk and dv of all the keys of a block live in them. Up to a head dim of 128 a warp has 16 keys
+# of its own or repeats the work of another; beyond, the warps share out the head dim.
 _BACKWARD: dict[str, dict[int, Config]] = {
     "sm_80": {
         32: Config(32, 128, 4, 3),

@@ -47,6 +47,8 @@ CASES: list[tuple[torch.dtype, Case]] = [
     (F16, Case("dropout", 1, 2, 1, 40, 130, 128, 128, dropout_p=0.2)),
     (BF16, Case("not_causal", 1, 1, 1, 130, 70, is_causal=False)),
     (F16, Case("decode", 1, 4, 1, 1, 530)),
+    (BF16, Case("decode_grouped", 1, 8, 2, 1, 400)),
+    (F16, Case("decode_grouped_128", 1, 8, 2, 1, 400, 128, 128)),
     (BF16, Case("decode_128", 2, 8, 2, 1, 300, 128, 128, key_mask="left_padding")),
     (BF16, Case("packed", 1, 2, 1, 0, 0, lengths=((5, 40), (33, 33), (0, 7), (4, 0), (40, 90)))),
     (F16, Case("odd_dims", 1, 1, 1, 40, 70, 96, 40, scale=-0.2)),

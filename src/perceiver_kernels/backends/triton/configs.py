@@ -67,8 +67,8 @@ _FORWARD: dict[str, dict[int, Config]] = {
         256: Config(128, 32, 4, 2),
     },
 }
-# Registers bind: dk and dv of all the keys of a block live in them. Up to a head dim of 128 a warp has 16 keys
-# of its own or repeats the work of another; beyond, the warps share out the head dim.
+# Registers bind: dk and dv of all the keys of a block live there. Up to a head dim of 128 a warp has 16 keys
+# of its own or repeats another's work; beyond, the warps share out the head dim.
 _BACKWARD: dict[str, dict[int, Config]] = {
     "sm_80": {
         32: Config(32, 128, 4, 3),
@@ -78,7 +78,7 @@ _BACKWARD: dict[str, dict[int, Config]] = {
         256: Config(64, 64, 8, 2),
     },
     "sm_86": {
-        32: Config(32, 64, 2, 3),
+        32: Config(32, 128, 4, 2),
         64: Config(32, 64, 4, 3),
         128: Config(16, 64, 4, 3),
         256: Config(32, 32, 8, 3),
@@ -130,7 +130,7 @@ def forward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> C
     """The default for ``rows`` packed rows."""
     family = _family(arch)
     if dtype == torch.float32:  # no tensor cores: registers bind
-        return Config(16 if rows <= SHORT_ROWS else 32, 32, 4 if family == "gfx" else 8, 1)
+        return Config(16 if rows <= SHORT_ROWS or head_dim > 64 else 32, 32, 4 if family == "gfx" else 8, 1)
     if rows <= SHORT_ROWS:  # a stream of keys: many bytes under way, several programs on a processor
         return Config(16, 64 if head_dim <= 128 else 32, 4, 2 if family == "gfx" else 3)
     config = _serving(_FORWARD[family], head_dim)

@@ -96,7 +96,8 @@ def _score_arguments(problem: Problem) -> dict[str, Any]:
     threshold = min(int(spec.dropout_p * 2**32), 2**32 - 1)
     return {
         "p_offsets": spec.q_offsets,
-        "p_key_mask": None if spec.key_mask is None else spec.key_mask.view(torch.uint8),
+        # wide: next to loads of single bytes Triton spreads the products' operands as if for int8
+        "p_key_mask": None if spec.key_mask is None else spec.key_mask.to(torch.int32),
         "p_cu_q": spec.cu_seqlens_q,
         "p_cu_k": spec.cu_seqlens_k,
         "p_seed": spec.dropout_seed,

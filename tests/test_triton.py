@@ -104,7 +104,7 @@ def test_splits_set_by_the_user(splits: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(got[name], want[name])
 
 
-@pytest.mark.parametrize("splits", ["-1", "two", ""])
+@pytest.mark.parametrize("splits", ["-1", "two", "²"])
 def test_a_bad_number_of_splits_is_an_error(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch.SPLITS, splits)
     with pytest.raises(ValueError, match=f"^{launch.SPLITS} must be a number of splits, .* got '{splits}'$"):
@@ -112,6 +112,7 @@ def test_a_bad_number_of_splits_is_an_error(splits: str, monkeypatch: pytest.Mon
 
 
 def test_fixed_splits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SLAB_BYTES", 1)  # nor on the room for slabs
     monkeypatch.setenv(launch.SPLITS, "4")
     config, device = Config(64, 32, 4, 2), Device("sm_80", 108)
     one, many = (launches(Case("b", b, 4, 4, 33, 900), torch.float16, config, device) for b in (1, 64))
@@ -130,6 +131,47 @@ def test_compiles_without_a_gpu(arch: str) -> None:
         assert ("cubin" if arch.startswith("sm") else "hsaco") in compiled.asm
 
 
+@pytest.mark.parametrize(
+    ("arch", "dim", "asked", "want"),
+    [
+        ("sm_80", 64, "high", "tf32"),
+        ("sm_80", 64, "highest", "ieee"),
+        ("sm_86", 256, "high", "ieee"),  # wouldn't fit
+        ("gfx942", 64, "medium", "tf32"),
+        ("gfx950", 64, "high", "ieee"),  # has none
+    ],
+)
+def test_float32_products_are_fast_where_asked_and_able(arch: str, dim: int, asked: str, want: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked)
+    try:
+        case = Case("c", 1, 1, 1, 33, 300, dim, dim)
+        forward, *_, backward, _ = launches(case, torch.float32, Config(32, 32, 4, 1), Device(arch, 1))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert forward.constants["PRECISION"] == backward.constants["PRECISION"] == want
+
+
+@runs
+@pytest.mark.parametrize("where", ["query", "dout"])
+def test_gradients_of_unseen_keys_are_zero_beside_nan(where: str) -> None:
+    inputs = make_inputs(Case("c", 1, 1, 1, 20, 40, key_mask="random", q_offset=0), torch.float32)
+    getattr(inputs, where)[0, 0, 5] = torch.nan
+    got, want = inputs.run("triton"), inputs.run("reference")
+    unseen = ~inputs.kwargs["key_mask"][0] | (torch.arange(40) > 19)
+    assert (got["dk"][0, 0, unseen] == 0).all()
+    assert (got["dv"][0, 0, unseen] == 0).all()
+    assert torch.equal(got["out"].isnan(), want["out"].isnan())
+
+
+@runs
+def test_softcap_and_scale_at_their_limits() -> None:
+    inputs = make_inputs(Case("c", 1, 1, 1, 20, 40, scale=1e20, softcap=1e-20), torch.float32)
+    got, want = inputs.run("triton"), inputs.run("reference")
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
 # Tuning. What it measures is made up here: the order of the candidates decides.
 
 
@@ -143,6 +185,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
         return float("inf") if config.num_stages > 2 else float(config.block_n)
 
     monkeypatch.setattr(tuning, "_time", measure)
+    monkeypatch.setattr(tuning, "_measurable", lambda: True)
+    monkeypatch.setattr(tuning, "_read", {})
     monkeypatch.setenv(tuning.CACHE, str(tmp_path))
     return seen
 
@@ -167,14 +211,46 @@ def test_tuning_takes_the_fastest_and_remembers_it(measured: list[Config], tmp_p
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_a_broken_cache_is_measured_again(measured: list[Config], tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", '{"a": [Infinity, 1, 1, 1]}', '{"a": 3}', "[" * 10**5])
+def test_a_broken_cache_is_measured_again(
+    measured: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     default, device = Config(64, 64, 4, 2), Device("sm_80", 108)
     tuning.tuned("forward", problem(), device, default, lambda config: None)
     (file,) = tmp_path.iterdir()
-    file.write_text("{")
+    file.write_text(content)
+    monkeypatch.setattr(tuning, "_read", {})  # another process
     with pytest.warns(UserWarning, match="can't be read"):
         assert tuning.tuned("forward", problem(), device, default, lambda config: None).block_n == 32
     assert json.loads(file.read_text())
+
+
+def test_a_cached_configuration_that_is_no_candidate_is_measured_again(
+    measured: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default, device = Config(64, 64, 4, 2), Device("sm_80", 108)
+    best = tuning.tuned("forward", problem(), device, default, lambda config: None)
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({key: [-16, 32, 4, 1] for key in json.loads(file.read_text())}))
+    monkeypatch.setattr(tuning, "_read", {})
+    count = len(measured)
+    assert tuning.tuned("forward", problem(), device, default, lambda config: None) == best
+    assert len(measured) == 2 * count
+
+
+def test_the_default_is_always_a_candidate(measured: list[Config]) -> None:
+    default = Config(32, 256, 2, 1)
+    tuning.tuned("forward", problem(), Device("sm_80", 108), default, lambda config: None)
+    assert default in measured
+
+
+def test_what_cannot_be_measured_takes_the_default(
+    measured: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_measurable", lambda: False)
+    default = Config(64, 64, 4, 2)
+    assert tuning.tuned("forward", problem(), Device("sm_80", 108), default, lambda config: None) == default
+    assert not measured
 
 
 def test_an_unwritable_cache_is_a_warning(measured: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ CASES: list[tuple[torch.dtype, Case]] = [
     (BF16, Case("all_options", 2, 4, 2, 21, 77, 64, 64, True, "per_example", "random", 0.4, 2.0, 0.3,
                 "transposed")),
     (F32, Case("float32", 1, 2, 1, 20, 50, 64, 64)),
+    (F32, Case("float32_narrow", 1, 1, 1, 17, 20, 8, 40)),  # lanes that share a row's sum
 ]  # fmt: skip
 
 

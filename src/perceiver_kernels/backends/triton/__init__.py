@@ -28,13 +28,15 @@ def unavailable(device: torch.device) -> str | None:
     if not _installed():
         return "triton is not installed; `pip install 'perceiver-kernels[triton]'` brings it (Linux only)"
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        if _interpreted():
             return None
         return "runs on cuda tensors; on cpu only under Triton's interpreter (TRITON_INTERPRET=1), slowly"
     if device.type != "cuda":
         return f"runs on cuda tensors, not on {device.type}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA or HIP device"
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 (A100, RTX 30) or newer"
     return None
 
 
@@ -43,6 +45,10 @@ def _installed() -> bool:
         return importlib.util.find_spec("triton") is not None
     except ImportError:
         return False
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
@@ -56,8 +62,8 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) 
         reasons.append(f"query is {dtype_name(query.dtype)}; the kernels take float32, bfloat16 and float16")
     lengths = (query.shape[0], key.shape[0]) if spec.is_packed else (query.shape[2], key.shape[2])
     heads = query.shape[1] // key.shape[1]
-    if max(lengths[0] * heads, lengths[1]) >= 2**31 - 256:
-        reasons.append("rows of one key head and keys are counted in 31 bits")
+    if lengths[0] * heads + lengths[1] >= 2**31 - 2**20:
+        reasons.append("rows of one key head and keys together are counted in 31 bits")
     return reasons
 
 
@@ -147,7 +153,7 @@ def _device(device: torch.device) -> Device:
 def _operands(*tensors: Tensor) -> list[Tensor]:
     """What the kernels take: head dims contiguous; and float32 for bfloat16 under the interpreter, which
     multiplies that type's bit patterns instead of its values (Triton issue 11584)."""
-    if tensors[0].dtype == torch.bfloat16 and tensors[0].device.type == "cpu":
+    if tensors[0].dtype == torch.bfloat16 and _interpreted():
         return [tensor.float().contiguous() for tensor in tensors]
     return [t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors]
 

@@ -24,6 +24,7 @@ from perceiver_kernels.backends.triton.primitives import (
     load_rows,
     offset_of,
     score,
+    seen_rows,
     sequence,
     store_part,
     store_rows,
@@ -162,7 +163,11 @@ def attention_backward(
                 )  # fmt: skip
         # The same rows, by way of a zero that compilers can't see: kept over the loops they cost 8 registers.
         o_n = start_n + tl.minimum(queries, 0) + tl.arange(0, BLOCK_N)
-        store_rows(p_dk + o_n.to(tl.int64) * stride_dkn, times(b_dk, scale, D1), o_n < keys, D, D0, D1)
+        m_n = o_n < seen_by_any
+        if HAS_KEY_MASK:
+            m_n = m_n & (tl.load(p_key_mask + o_n, mask=m_n, other=0) != 0)
+        b_dk, b_dv = seen_rows(times(b_dk, scale, D1), m_n, D1), seen_rows(b_dv, m_n, DV1)
+        store_rows(p_dk + o_n.to(tl.int64) * stride_dkn, b_dk, o_n < keys, D, D0, D1)
         store_rows(p_dv + o_n.to(tl.int64) * stride_dvn, b_dv, o_n < keys, DV, DV0, DV1)
         tl.debug_barrier()  # the next block adds to slab tiles that other threads may have stored
 

@@ -44,8 +44,7 @@ _FORWARD: dict[str, dict[int, Config]] = {
     },
     # 99 KiB: two programs have 49 KiB each. Its tensor cores are half as fast: 16 rows per warp will do.
     "sm_86": {
-        32: Config(128, 32, 4, 3),
-        64: Config(128, 64, 4, 3),
+        64: Config(128, 32, 4, 3),
         128: Config(64, 64, 4, 2),
         192: Config(64, 16, 4, 3),
         256: Config(128, 16, 8, 3),
@@ -78,9 +77,8 @@ _BACKWARD: dict[str, dict[int, Config]] = {
         256: Config(64, 64, 8, 2),
     },
     "sm_86": {
-        32: Config(32, 128, 4, 2),
         64: Config(32, 64, 4, 3),
-        128: Config(16, 64, 4, 3),
+        128: Config(16, 64, 4, 4),
         256: Config(32, 32, 8, 3),
     },
     "sm_90": {
@@ -91,7 +89,7 @@ _BACKWARD: dict[str, dict[int, Config]] = {
     },
     "sm_100": {
         32: Config(32, 64, 4, 3),
-        64: Config(64, 64, 4, 2),
+        64: Config(32, 128, 4, 2),
         128: Config(64, 64, 8, 2),
         192: Config(32, 64, 8, 2),
         256: Config(32, 32, 8, 2),
@@ -132,7 +130,7 @@ def forward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> C
     if dtype == torch.float32:  # no tensor cores: registers bind
         return Config(16 if rows <= SHORT_ROWS or head_dim > 64 else 32, 32, 4 if family == "gfx" else 8, 1)
     if rows <= SHORT_ROWS:  # a stream of keys: many bytes under way, several programs on a processor
-        return Config(16, 64 if head_dim <= 128 else 32, 4, 2 if family == "gfx" else 3)
+        return Config(16, 64 if head_dim <= 64 else 32, 4, 2 if family == "gfx" else 3)
     config = _serving(_FORWARD[family], head_dim)
     if rows <= 64 < config.block_m:
         return replace(
@@ -147,7 +145,9 @@ def backward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> 
     if dtype == torch.float32:
         return Config(16, 32, 4 if family == "gfx" else 8, 1)
     config = _serving(_BACKWARD[family], head_dim)
-    return replace(config, block_m=16) if rows <= SHORT_ROWS else config
+    if rows <= SHORT_ROWS:
+        return replace(config, block_m=16, block_n=config.block_n if head_dim <= 128 else 32)
+    return config
 
 
 def _family(arch: str) -> str:

@@ -17,6 +17,7 @@ from perceiver_kernels.spec import AttentionSpec
 
 SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
+MAX_SPLITS = 65535  # of a grid's second dimension
 _FORWARD_PART, _BACKWARD_PART = (
     64,
     256,
@@ -33,11 +34,16 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    fuses: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler. Multiplications and additions fuse: the exponent's argument counts on it."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """Of the compiler.
+
+        Multiplications and additions fuse where the exponent's argument counts on it; elsewhere two threads
+        that hold the same sum might fuse different products into it.
+        """
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fuses}
 
     def run(self) -> None:
         if math.prod(self.grid):
@@ -111,7 +117,7 @@ def _score_arguments(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _score_constants(problem: Problem, config: Config, longest: int) -> dict[str, Any]:
+def _score_constants(problem: Problem, config: Config, device: Device, longest: int) -> dict[str, Any]:
     spec = problem.spec
     return {
         "GROUP": problem.group,
@@ -127,7 +133,7 @@ def _score_constants(problem: Problem, config: Config, longest: int) -> dict[str
         "HAS_KEY_MASK": spec.key_mask is not None,
         "HAS_SOFTCAP": spec.softcap > 0.0,
         "HAS_DROPOUT": spec.dropout_seed is not None,
-        "PRECISION": _precision(problem.dtype),
+        "PRECISION": _precision(problem, device),
     }
 
 
@@ -135,10 +141,14 @@ def _head_parts(name: str, dim: int, longest: int) -> dict[str, int]:
     return dict(zip((f"{name}0", f"{name}1"), head_parts(dim, longest), strict=True))
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products are float32's own unless the user has asked torch for faster ones."""
-    asked = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if asked else "ieee"
+def _precision(problem: Problem, device: Device) -> str:
+    """float32 products are float32's own unless the user has asked torch for faster ones.
+
+    Even then where the GPU has none, or where their operands would not fit into shared memory.
+    """
+    asked = problem.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    able = device.arch.startswith("sm_") or device.arch == "gfx942"
+    return "tf32" if asked and able and max(problem.D, problem.DV) <= 128 else "ieee"
 
 
 def _natural_score(problem: Problem) -> bool:
@@ -163,6 +173,7 @@ def forward_launches(
             merge=1 + 2 * min(problem.rows, config.block_m) // config.block_n,
         ),
         max(key_blocks, 1),
+        MAX_SPLITS,
     )
     if splits == 1:
         part, part_lse = out, lse
@@ -183,7 +194,7 @@ def forward_launches(
         "exponent": max(1.0 if natural else scale, 2.0**-126) * math.log2(math.e),
         **_score_arguments(problem),
     }  # fmt: skip
-    constants = _score_constants(problem, config, _FORWARD_PART) | {
+    constants = _score_constants(problem, config, device, _FORWARD_PART) | {
         "IS_NEGATIVE": not natural and spec.scale < 0
     }
     yield Launch(
@@ -193,6 +204,7 @@ def forward_launches(
         constants,
         config.num_warps,
         config.num_stages,
+        fuses=True,
     )
     if splits > 1:
         yield Launch(
@@ -214,8 +226,8 @@ def _part_strides(part: Tensor) -> dict[str, int]:
 
 def _fixed_parts() -> int:
     """The user's own number of parts, the same for every call; 0 lets :func:`configs.parts` choose."""
-    text = os.environ.get(SPLITS, "0")
-    if not text.isdigit():
+    text = os.environ.get(SPLITS) or "0"
+    if not text.isdecimal():
         raise ValueError(f"{SPLITS} must be a number of splits, or 0 for the default rule, got {text!r}")
     return int(text)
 
@@ -250,12 +262,9 @@ def backward_launches(
 
     key_blocks = -(-problem.N // config.block_n)
     dims = sum(head_parts(problem.D, _BACKWARD_PART))
-    most = max(1, min(key_blocks, SLAB_BYTES // max(tiles * tile * dims * 4, 1)))
-    runs = min(
-        _fixed_parts()
-        or parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs, merge=1),
-        most,
-    )
+    fitting = max(1, SLAB_BYTES // max(tiles * tile * dims * 4, 1))
+    filling = parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs, merge=1)
+    runs = min(_fixed_parts() or min(filling, fitting), max(key_blocks, 1))
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
     yield Launch(
@@ -270,10 +279,11 @@ def backward_launches(
             "exponent": (1.0 if _natural_score(problem) else spec.scale) * math.log2(math.e),
             **scores,
         },
-        {**_score_constants(problem, config, _BACKWARD_PART), "HAS_DEAD_ROWS": may_die,
+        {**_score_constants(problem, config, device, _BACKWARD_PART), "HAS_DEAD_ROWS": may_die,
          "WARPS": config.num_warps},
         config.num_warps,
         config.num_stages,
+        fuses=True,
     )  # fmt: skip
     shared = ("p_offsets", "p_cu_q", "p_cu_k", "queries", "keys", "q_offset")
     yield Launch(

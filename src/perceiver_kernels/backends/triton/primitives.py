@@ -109,6 +109,15 @@ def times(b_rows, factor, D1: tl.constexpr):
 
 
 @triton.jit
+def seen_rows(b_rows, m_rows, D1: tl.constexpr):
+    """Zeros in the rows that ``m_rows`` hides, whatever they hold."""
+    if D1 == 0:
+        return (tl.where(m_rows[:, None], b_rows[0], 0.0),)
+    else:
+        return (tl.where(m_rows[:, None], b_rows[0], 0.0), tl.where(m_rows[:, None], b_rows[1], 0.0))
+
+
+@triton.jit
 def plus(b_a, b_b, D1: tl.constexpr):
     if D1 == 0:
         return (b_a[0] + b_b[0],)
@@ -159,7 +168,7 @@ def score(b_s, scale, softcap, IS_WIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr)
     its factor joins the exponent's in one multiplication.
     """
     if HAS_SOFTCAP:
-        return softcap * tanh(b_s * (scale / softcap))
+        return softcap * tanh((b_s * scale) * (1.0 / softcap))  # scale / softcap may overflow
     if IS_WIDE:
         return b_s * scale
     return b_s

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 
+from perceiver_kernels._version import __version__
 from perceiver_kernels.backends.triton.configs import Config, Device
 from perceiver_kernels.backends.triton.launch import Problem
 
@@ -41,23 +42,27 @@ def tuned(
 ) -> Config:
     """The fastest configuration for this kind of problem: from the cache, or measured by ``run`` and cached.
 
-    While a CUDA graph is captured nothing can be measured: then the default serves.
+    While a CUDA graph is captured nothing can be measured: then the default serves, as under the interpreter.
     """
-    cache = _load(_cache_file(device))
-    key = _key(kind, problem)
-    if key in cache:
-        return Config(*cache[key])
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    file, key, candidates = _cache_file(device), _key(kind, problem), _candidates(default)
+    known = _known(file).get(key)
+    if known in candidates:
+        return known
+    if not _measurable():
         return default
-    times = {config: _time(functools.partial(run, config)) for config in _candidates(default)}
+    times = {config: _time(functools.partial(run, config)) for config in candidates}
     best = min(times, key=lambda config: times[config])
-    _store(_cache_file(device), key, best)
+    _store(file, key, best)
     return best
 
 
-def _candidates(default: Config) -> Iterable[Config]:
+def _measurable() -> bool:
+    return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+
+
+def _candidates(default: Config) -> list[Config]:
     """The default and its neighbours: half and twice of each size, one stage more or less."""
-    neighbours = [default]
+    neighbours = []
     for name, values in {
         "num_stages": (default.num_stages + 1, default.num_stages - 1),
         "block_n": (default.block_n // 2, default.block_n * 2),
@@ -65,7 +70,7 @@ def _candidates(default: Config) -> Iterable[Config]:
         "num_warps": (12 - default.num_warps,),
     }.items():
         neighbours += [replace(default, **{name: value}) for value in values]
-    return [
+    return [default] + [
         config
         for config in neighbours
         if config.block_m >= 16
@@ -93,33 +98,44 @@ def _key(kind: str, problem: Problem) -> str:
     sizes = (problem.B * problem.Hkv, problem.group, problem.M, problem.N)
     rounded = "x".join(str(1 << (size - 1).bit_length()) if size else "0" for size in sizes)
     flags = "".join(f" {name}" for name, on in options.items() if on)
-    return f"{kind} {problem.dtype} {rounded}x{problem.D}x{problem.DV}{flags}"
+    precision = torch.get_float32_matmul_precision() if problem.dtype == torch.float32 else ""
+    return f"{kind} {problem.dtype} {precision} {rounded}x{problem.D}x{problem.DV}{flags}"
 
 
 def _cache_file(device: Device) -> Path:
-    folder = os.environ.get(CACHE) or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "perceiver_kernels"
-    )
-    return Path(folder, f"triton-{triton.__version__}-{device.arch}-{device.processors}.json")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get(CACHE) or Path(cache, "perceiver_kernels")
+    return Path(folder, f"{__version__}-triton-{triton.__version__}-{device.arch}-{device.processors}.json")
 
 
-def _load(path: Path) -> dict[str, list[int]]:
+_read: dict[Path, dict[str, Config]] = {}  # what this process has read or written
+
+
+def _known(path: Path) -> dict[str, Config]:
+    if path not in _read:
+        _read[path] = _load(path)
+    return _read[path]
+
+
+def _load(path: Path) -> dict[str, Config]:
     try:
         content = json.loads(path.read_text())
-        return {str(key): [int(x) for x in sizes] for key, sizes in content.items() if len(sizes) == 4}
+        return {str(key): Config(*map(int, sizes)) for key, sizes in content.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} can't be read ({error}); configurations are measured again", stacklevel=2)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        warnings.warn(f"{path} can't be read ({error}); configurations are measured again", stacklevel=4)
         return {}
 
 
 def _store(path: Path, key: str, config: Config) -> None:
     """Into the file, whole or not at all: other processes may read and write it at the same time."""
+    _known(path)[key] = config
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(_load(path) | {key: list(astuple(config))}, file, indent=1)
+            entries = _load(path) | _known(path)
+            json.dump({name: astuple(entry) for name, entry in entries.items()}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
-        warnings.warn(f"the fastest configuration can't be remembered in {path} ({error})", stacklevel=2)
+        warnings.warn(f"the fastest configuration can't be remembered in {path} ({error})", stacklevel=3)

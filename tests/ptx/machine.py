@@ -169,7 +169,7 @@ class Machine:
         params = self.program.params
         if len(args) != len(params):
             raise ValueError(f"{self.program.name} has {len(params)} parameters, given {len(args)}")
-        arrays = [_Host(arg) for arg in args if _is_array(arg)]
+        arrays = [_Host(each) for arg in args for each in _fields(arg) if _is_array(each)]
         # Views of one array share its memory: overlapping spans become one allocation.
         spans: list[list[int]] = []
         for low, high in sorted(host.span for host in arrays):
@@ -214,6 +214,8 @@ class Machine:
             self.addresses[param.name] = end
             if id(arg) in pointers:
                 data = struct.pack("<Q", pointers[id(arg)])
+            elif isinstance(arg, tuple):
+                data = b"".join(_field(each, pointers) for each in arg)
             else:
                 data = _scalar(arg, param)
             if len(data) != param.size:
@@ -304,6 +306,18 @@ class _Host:
         )
         if empty_array:
             self.shape, self.strides = (0,), (1,)
+
+
+def _fields(arg: Any) -> tuple[Any, ...]:
+    """A struct's fields; of anything else itself."""
+    return arg if isinstance(arg, tuple) else (arg,)
+
+
+def _field(field: Any, pointers: dict[int, int]) -> bytes:
+    """A pointer, or bytes as they are."""
+    if isinstance(field, bytes):
+        return field
+    return struct.pack("<Q", 0 if field is None else pointers[id(field)])
 
 
 def _is_array(arg: Any) -> bool:

@@ -31,8 +31,8 @@ class Config:
         return max(1, 8 // self.num_warps)
 
 
-# Defaults of bfloat16 and float16, by the longest head dim that they serve, chosen without a GPU: what `make
-# static` finds to fit into shared memory, not to spill and, by its model, to keep the tensor cores busiest.
+# The defaults, by the longest head dim that they serve, chosen without a GPU: what `make static` finds to fit
+# into shared memory, not to spill and, by its model, to keep the tensor cores busiest.
 _FORWARD: dict[str, dict[int, Config]] = {
     # 163 KiB. 32 rows per warp feed two products with each fragment of K; two programs share a processor.
     "sm_80": {
@@ -64,6 +64,15 @@ _FORWARD: dict[str, dict[int, Config]] = {
     "gfx": {
         64: Config(128, 64, 4, 2),
         256: Config(128, 32, 4, 2),
+    },
+    # No tensor cores, so registers bind.
+    "float32": {
+        64: Config(32, 32, 8, 1),
+        256: Config(16, 32, 8, 1),
+    },
+    "gfx float32": {
+        64: Config(32, 32, 4, 1),
+        256: Config(16, 32, 4, 1),
     },
 }
 # Registers bind: dk and dv of all the keys of a block live there. Up to a head dim of 128 a warp has 16 keys
@@ -100,6 +109,15 @@ _BACKWARD: dict[str, dict[int, Config]] = {
         192: Config(32, 32, 4, 1),
         256: Config(16, 32, 4, 1),
     },
+    "float32": {
+        64: Config(32, 32, 8, 1),
+        128: Config(16, 32, 8, 1),
+        256: Config(16, 16, 8, 1),
+    },
+    "gfx float32": {
+        128: Config(16, 32, 4, 1),
+        256: Config(16, 16, 4, 1),
+    },
 }
 _FAMILIES = {
     "sm_86": "sm_86", "sm_89": "sm_86", "sm_120": "sm_86", "sm_121": "sm_86",
@@ -126,32 +144,30 @@ def head_parts(dim: int, longest: int) -> tuple[int, int]:
 
 def forward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
     """The default for ``rows`` packed rows."""
-    family = _family(arch)
-    if dtype == torch.float32:  # no tensor cores: registers bind
-        return Config(16 if rows <= SHORT_ROWS or head_dim > 64 else 32, 32, 4 if family == "gfx" else 8, 1)
+    family = _family(dtype, arch)
+    config = _serving(_FORWARD[family], head_dim)
+    if dtype == torch.float32:
+        return replace(config, block_m=16) if rows <= SHORT_ROWS else config
     if rows <= SHORT_ROWS:  # a stream of keys: many bytes under way, several programs on a processor
         return Config(16, 64 if head_dim <= 64 else 32, 4, 2 if family == "gfx" else 3)
-    config = _serving(_FORWARD[family], head_dim)
     if rows <= 64 < config.block_m:
-        return replace(
-            config, block_m=64, block_n=min(config.block_n, 64 if head_dim <= 128 else 32), num_warps=4
-        )
+        block_n = min(config.block_n, 64 if head_dim <= 128 else 32)
+        return replace(config, block_m=64, block_n=block_n, num_warps=4)
     return config
 
 
 def backward_config(rows: int, head_dim: int, dtype: torch.dtype, arch: str) -> Config:
     """The default for ``rows`` queries of a head."""
-    family = _family(arch)
-    if dtype == torch.float32:
-        return Config(16, 32, 4 if family == "gfx" else 8, 1)
-    config = _serving(_BACKWARD[family], head_dim)
-    if rows <= SHORT_ROWS:
-        return replace(config, block_m=16, block_n=config.block_n if head_dim <= 128 else 32)
-    return config
+    config = _serving(_BACKWARD[_family(dtype, arch)], head_dim)
+    if dtype == torch.float32 or rows > SHORT_ROWS:
+        return config
+    return replace(config, block_m=16, block_n=config.block_n if head_dim <= 128 else 32)
 
 
-def _family(arch: str) -> str:
+def _family(dtype: torch.dtype, arch: str) -> str:
     """Which rows of the tables serve ``arch``; what is unknown is taken for an A100."""
+    if dtype == torch.float32:
+        return "gfx float32" if arch.startswith("gfx") else "float32"
     return "gfx" if arch.startswith("gfx") else _FAMILIES.get(arch, "sm_80")
 
 

@@ -36,7 +36,11 @@ struct ForwardTile {
                 "whole tiles");
 };
 
-// kHasScore: softcap or dropout. Dynamic shared memory: Tile::kSharedBytes; grid: row blocks x batch x
+__device__ __forceinline__ const uint16_t* head_rows(const View& view, int batch, int head) {
+  return static_cast<const uint16_t*>(view.data) + batch * view.batch_stride + head * view.head_stride;
+}
+
+// kHasScore: softcap or dropout. Dynamic shared memory: Shape::kSharedBytes; grid: row blocks x batch x
 // kv_heads, splits.
 template <class Shape, bool kHasScore>
 __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const ForwardArguments arguments) {
@@ -51,8 +55,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / Shape::kKeyWarps * kRowTiles * 16;  // within the block's rows
   const int warp_key = warp % Shape::kKeyWarps * kKeyTiles * 8;   // within each key block
-  const int thread_key = warp_key + lane % 4 * 2,
-            row = work.first_row + warp_row + lane / 4;  // its first ones
+  const int thread_key = warp_key + lane % 4 * 2;                 // this thread's first key and row
+  const int row = work.first_row + warp_row + lane / 4;
   const uint32_t query_tile = shared_address(shared);
   const uint32_t key_tiles = query_tile + Shape::kQueryBytes;
   const uint32_t value_tiles = key_tiles + kStages * Shape::kKeyBytes;
@@ -72,38 +76,32 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
   const Copier<kDim, Shape::kBlockM, Shape::kThreads> query_copier;
   const Copier<kDim, kBlockN, Shape::kThreads> copier;
   const int64_t copied_row = work.first_key + static_cast<int64_t>(start) * kBlockN + copier.row;
-  const uint16_t* next_key =
-      static_cast<const uint16_t*>(arguments.key.data) + work.batch * arguments.key.batch_stride +
-      work.kv_head * arguments.key.head_stride + copied_row * arguments.key.row_stride + copier.column;
-  const uint16_t* next_value =
-      static_cast<const uint16_t*>(arguments.value.data) + work.batch * arguments.value.batch_stride +
-      work.kv_head * arguments.value.head_stride + copied_row * arguments.value.row_stride + copier.column;
+  const uint16_t* next_key = head_rows(arguments.key, work.batch, work.kv_head) +
+                             copied_row * arguments.key.row_stride + copier.column;
+  const uint16_t* next_value = head_rows(arguments.value, work.batch, work.kv_head) +
+                               copied_row * arguments.value.row_stride + copier.column;
   const uint8_t* key_mask =
       has_mask ? arguments.key_mask + work.batch * arguments.key_mask_batch_stride + work.first_key : nullptr;
 
   // Tiles are copied in order, each into the slot that its predecessor kStages blocks ago has left.
-  auto copy_keys = [&](int block, auto is_masked) {
+  auto copy_ahead = [&](int block, uint32_t tiles, const uint16_t*& next, const View& view, int dim,
+                        auto is_masked) {
     constexpr bool kMasked = decltype(is_masked)::value;
     if (!kMasked || block < stop) {
-      uint64_t keys = kMasked ? find_keys<kBlockN>(key_mask, block * kBlockN, work.seen_by_any) : 0;
-      copier.template copy_tile<kMasked>(key_tiles + (block - start) % kStages * Shape::kKeyBytes, next_key,
-                                         arguments.key.row_stride, arguments.dim, keys);
+      const uint64_t keys = kMasked ? find_keys<kBlockN>(key_mask, block * kBlockN, work.seen_by_any) : 0;
+      const uint32_t tile = tiles + (block - start) % kStages * Shape::kKeyBytes;
+      copier.template copy_tile<kMasked>(tile, next, view.row_stride, dim, keys);
     }
     commit_copies();
+  };
+  auto copy_keys = [&](int block, auto is_masked) {
+    copy_ahead(block, key_tiles, next_key, arguments.key, arguments.dim, is_masked);
   };
   auto copy_values = [&](int block, auto is_masked) {
-    constexpr bool kMasked = decltype(is_masked)::value;
-    if (!kMasked || block < stop) {
-      uint64_t keys = kMasked ? find_keys<kBlockN>(key_mask, block * kBlockN, work.seen_by_any) : 0;
-      copier.template copy_tile<kMasked>(value_tiles + (block - start) % kStages * Shape::kKeyBytes,
-                                         next_value, arguments.value.row_stride, arguments.value_dim, keys);
-    }
-    commit_copies();
+    copy_ahead(block, value_tiles, next_value, arguments.value, arguments.value_dim, is_masked);
   };
 
-  const uint16_t* queries = static_cast<const uint16_t*>(arguments.query.data) +
-                            work.batch * arguments.query.batch_stride +
-                            static_cast<int64_t>(work.kv_head) * group * arguments.query.head_stride +
+  const uint16_t* queries = head_rows(arguments.query, work.batch, work.kv_head * group) +
                             work.first_query * arguments.query.row_stride + query_copier.column;
 #pragma unroll
   for (int step = 0; step < query_copier.kSteps; ++step) {
@@ -187,7 +185,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
     using Warps = KeyWarps<Shape::kKeyWarps, kDim / 8>;
     static_assert(kRowTiles == 1 && Shape::kBlockM == 16 && Warps::kMergeBytes <= Shape::kSharedBytes, "");
     Accumulator merged[1][kDim / 8 / Shape::kKeyWarps];
-    wait_for_copies<0>();
+    __syncthreads();
     Warps::merge(sums, softmax, warp, shared, merged);
     store(merged, warp * (kDim / 8 / Shape::kKeyWarps), warp == 0);
   }

@@ -8,8 +8,8 @@
 namespace pk::cuda {
 
 // One call, as every block sees it. Rows of query, key and value begin at multiples of 16 bytes, dim and
-// value_dim are multiples of 8, and keys + queries is less than 2^31. Packed (cu_seqlens), queries and keys
-// are those of the longest sequence.
+// value_dim are multiples of 8, keys + queries and group * queries are less than 2^31. Packed (cu_seqlens),
+// queries and keys are those of the longest sequences.
 struct ForwardArguments {
   View query, key, value;
   View out;  // the inputs' type; float where there are several splits, one part for each

@@ -173,6 +173,18 @@ def test_parameters_of_every_kind() -> None:
         launch(ptx, "k", 1, 1, [out, 1.5, -3, 4.5, -6.5, struct])
 
 
+def test_a_struct_with_pointers() -> None:
+    ptx = f"""{HEADER}
+    .visible .entry k(.param .align 8 .b8 s[32])
+    {{ .reg .b64 %rd<4>; .reg .b32 %r<4>;
+    ld.param.u64 %rd1, [s]; ld.param.u64 %rd2, [s+8]; ld.param.u32 %r1, [s+16]; ld.param.u64 %rd3, [s+24];
+    ld.global.u32 %r2, [%rd2]; add.u32 %r1, %r1, %r2; cvt.u32.u64 %r3, %rd3; add.u32 %r1, %r1, %r3;
+    st.global.u32 [%rd1], %r1; ret; }}"""
+    out = empty(1, np.uint32)
+    launch(ptx, "k", 1, 1, [(out, np.array([30], np.uint32), np.array([12, 0], np.uint32).tobytes(), None)])
+    assert list(out.array) == [42]
+
+
 def test_a_grid_in_three_dimensions() -> None:
     out = empty((2, 3, 4, 6), np.uint32)
     code = """mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ctaid.y; mov.u32 %r4, %ctaid.z; mov.u32 %r5, %nctaid.x;

@@ -39,7 +39,7 @@ _FORWARD: dict[str, dict[int, Config]] = {
         32: Config(128, 32, 4, 3),
         64: Config(128, 64, 4, 3),
         128: Config(128, 32, 4, 3),
-        192: Config(64, 32, 4, 3),
+        192: Config(64, 16, 4, 3),
         256: Config(128, 16, 8, 3),
     },
     # 99 KiB: two programs have 49 KiB each. Its tensor cores are half as fast: 16 rows per warp will do.

@@ -160,7 +160,7 @@ def combine_splits(
     parts (splits, B, H, M, DV) and part_lses (splits, B, H, M) float32, contiguous. Rows without a key in a
     split come with lse -inf and weigh nothing.
     """
-    STEP: tl.constexpr = 16
+    STEP: tl.constexpr = 16 if DV0 + DV1 <= 128 else 8  # what a warp's registers hold
     i_row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i_bh, i_m = i_row // queries, i_row % queries
     p_parts += i_row * DV

@@ -62,10 +62,18 @@ def test_faults(change: dict[str, Any], message: str | None) -> None:
 
 def test_a_known_spill_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     row = GOOD | {"spills": 2}
-    monkeypatch.setattr(static, "KNOWN_SPILLS", (("attention_forward", ("sm_80",), (64,), "why"),))
+    known = static.Known("attention_forward", ("sm_80",), (64,), 2, "why")
+    monkeypatch.setattr(static, "KNOWN_SPILLS", (known,))
     assert static.fault(row) is None
+    assert static.known_spill(row) == "why"
+    assert static.fault(row | {"spills": 3}) == "3 spills"
     assert "| 2 (known) |" in list(static.table([row]))[-1]
-    for change in ({"arch": "sm_90"}, {"dim": 128}, {"kernel": "reduce_slabs"}):
+    for change in (
+        {"arch": "sm_90"},
+        {"dim": 128},
+        {"kernel": "reduce_slabs"},
+        {"problem": "D64 bf16 M1024 packed"},
+    ):
         assert static.fault(row | change) == "2 spills"
 
 

@@ -54,6 +54,8 @@ CASES: list[tuple[torch.dtype, Case]] = [
     (F16, Case("odd_dims", 1, 1, 1, 40, 70, 96, 40, scale=-0.2)),
     (BF16, Case("all_options", 2, 4, 2, 21, 77, 64, 64, True, "per_example", "random", 0.4, 2.0, 0.3,
                 "transposed")),
+    (BF16, Case("wide_192", 1, 2, 1, 40, 70, 192, 192)),
+    (F16, Case("wide_256", 1, 1, 1, 70, 90, 256, 256)),
     (F32, Case("float32", 1, 2, 1, 20, 50, 64, 64)),
     (F32, Case("float32_narrow", 1, 1, 1, 17, 20, 8, 40)),  # lanes that share a row's sum
 ]  # fmt: skip

@@ -110,6 +110,7 @@ _BACKWARD: dict[str, dict[int, Config]] = {
         256: Config(16, 32, 4, 1),
     },
     "float32": {
+        32: Config(32, 32, 4, 1),
         64: Config(32, 32, 8, 1),
         128: Config(16, 32, 8, 1),
         256: Config(16, 16, 8, 1),

@@ -9,7 +9,7 @@
 namespace pk::cpu::PK_ISA {
 
 constexpr int kDecodeRows = 8;
-constexpr int kDecodeKeys = 32;
+constexpr int kDecodeKeys = 64;
 
 // A block of keys, and where its rows of K and V lie.
 template <class T>
@@ -130,11 +130,14 @@ inline void decode_values(const Acc* p, const T* const* v, int64_t count, int64_
       unrolled<kCount>([&](auto x) { store(o + r * o_stride + c + x * kSide, sum[r][x]); });
     });
   };
-  constexpr int kVectors = kDecodeSums / kRows;
+  constexpr int kMost = kDecodeSums / kRows;
   int64_t c = 0;
-  const auto whole = [](const T* at) { return load_as(at); };
-  for (; c + kVectors * kSide <= dim; c += kVectors * kSide) columns(c, Constant<kVectors>{}, whole);
-  for (; c + kSide <= dim; c += kSide) columns(c, Constant<1>{}, whole);
+  unrolled<4>([&](auto halvings) {
+    constexpr int kVectors = kMost >> decltype(halvings)::value;
+    if constexpr (kVectors > 0)
+      for (; c + kVectors * kSide <= dim; c += kVectors * kSide)
+        columns(c, Constant<kVectors>{}, [](const T* at) { return load_as(at); });
+  });
   if (c < dim) columns(c, Constant<1>{}, [&](const T* at) { return load_as<Acc>(at, dim - c); });
 }
 

@@ -15,20 +15,16 @@ template <class Mode, class T>
 struct Table {
   using Acc = typename Mode::Acc;
 
-  static bool decodes(const Attention& p, int64_t rows) {
-    // Products of pairs make up for half-empty panels where rows are short.
-    const int64_t most = Mode::kPack == 2 && p.dim + p.value_dim <= 128 ? kDecodeRows / 2 : kDecodeRows;
-    return rows <= most && rows <= kPanel<Acc>;
-  }
+  static bool decodes(int64_t rows) { return rows <= kDecodeRows && rows <= kPanel<Acc>; }
   static int64_t slot_bytes(const Attention& p, int64_t rows) {
     return slot_elements<Acc>(p, rows) * static_cast<int64_t>(sizeof(Acc));
   }
   static int64_t forward_scratch(const Attention& p, int64_t rows) {
-    return decodes(p, rows) ? decode_scratch_bytes<Acc, T>(p) : forward_scratch_bytes<Mode, T>(p, rows);
+    return decodes(rows) ? decode_scratch_bytes<Acc, T>(p) : forward_scratch_bytes<Mode, T>(p, rows);
   }
   static void run_forward(const Attention& p, const RowBlock& block, KeyRange range, char* scratch,
                           char* slot) {
-    const auto run = decodes(p, block.rows) ? decode<Acc, T> : forward<Mode, T>;
+    const auto run = decodes(block.rows) ? decode<Acc, T> : forward<Mode, T>;
     run(p, block, range, scratch, slot);
   }
 

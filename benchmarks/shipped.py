@@ -81,7 +81,7 @@ def launches(build: Build) -> list[tuple[Launch, str]]:
         else None,
         cu_seqlens_q=torch.arange(_BATCH + 1) * build.rows if packed else None,
         cu_seqlens_k=torch.arange(_BATCH + 1) * _KEYS if packed else None,
-        dropout_seed=torch.zeros((), dtype=torch.int64, device="meta") if build.option == "dropout" else None,
+        dropout_seed=torch.zeros(2, dtype=torch.int64, device="meta") if build.option == "dropout" else None,
     )
     out, lse = empty_outputs(query, value)
     problem = make_problem(query, key, value, spec)

@@ -8,7 +8,9 @@ from conftest import USABLE
 from torch import Tensor
 
 import perceiver_kernels as pk
+from perceiver_kernels import autograd
 from perceiver_kernels.reference import philox
+from perceiver_kernels.spec import make_spec
 
 BACKENDS = [name for name in USABLE if name != "sdpa"]  # sdpa refuses: its bits are torch's
 P = 0.3
@@ -63,6 +65,23 @@ def test_rate_and_independence_of_seeds(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_entry_depends_on_its_place_alone(backend: str) -> None:
     assert torch.equal(kept(backend, 5, batch=1), kept(backend, 5, batch=3)[:1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_of_the_keys_drops_what_the_whole_call_drops(backend: str) -> None:
+    """Forward and backward, across the index where an int32 turns negative."""
+    first, queries, keys, dim = 2**31 - 20, 21, 67, 72
+    query, key = torch.zeros(2, 4, queries, 8), torch.zeros(2, 4, keys, 8)
+    value = torch.eye(keys, dim).repeat(2, 4, 1, 1).requires_grad_()
+    options = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap"))
+    spec = make_spec(query, key, value, is_causal=False, dropout_p=P, dropout_seed=7, **options)
+    out, _ = autograd.attention(query, key, value, spec.over_keys(first, first + keys), backend)
+    out.backward(torch.eye(queries, dim).expand_as(out))
+
+    b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (2, 4, queries, keys)), indexing="ij")
+    want = philox((b, h, i, first + j), torch.tensor(7)) >= int(P * 2**32)
+    assert torch.equal(out[..., :keys] != 0, want)
+    assert torch.equal(value.grad[..., :queries] != 0, want.mT)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

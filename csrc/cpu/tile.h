@@ -153,9 +153,10 @@ struct Visibility {
 template <class Acc>
 inline Acc dropout_factor(const Attention& p, const RowBlock& block, int64_t r, int64_t key) {
   const int64_t group = group_size(p), row = block.first_row + r;
-  const uint32_t bits = philox(p.dropout_seed, static_cast<uint32_t>(block.sequence.index),
-                               static_cast<uint32_t>(block.kv_head * group + row % group),
-                               static_cast<uint32_t>(row / group), static_cast<uint32_t>(key));
+  const uint32_t bits =
+      philox(p.dropout_seed, static_cast<uint32_t>(block.sequence.index),
+             static_cast<uint32_t>(block.kv_head * group + row % group), static_cast<uint32_t>(row / group),
+             static_cast<uint32_t>(p.dropout_first_key + key));
   return bits >= dropout_threshold(p.dropout_p) ? static_cast<Acc>(1 / (1 - p.dropout_p)) : 0;
 }
 

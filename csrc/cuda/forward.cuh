@@ -151,8 +151,9 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
     softmax.raise_maximum(scores, arguments.exponent, sums);
     softmax.weigh(scores, arguments.exponent);
     if (kHasScore && arguments.dropout_seed != nullptr) {
-      drop_weights(scores, *arguments.dropout_seed, arguments.dropout_threshold, work.batch,
-                   work.kv_head * group, group, row, block * kBlockN + thread_key);
+      const uint32_t first_key = static_cast<uint32_t>(arguments.dropout_seed[1]);
+      drop_weights(scores, arguments.dropout_seed[0], arguments.dropout_threshold, work.batch,
+                   work.kv_head * group, group, row, first_key + block * kBlockN + thread_key);
     }
     wait_for_copies<2 * kStages - 2>();
     copy_keys(block + kStages, is_masked);

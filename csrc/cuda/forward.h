@@ -31,7 +31,7 @@ struct ForwardArguments {
   uint32_t query_sign;  // 0x80008000 where a negative scale's sign goes into the query, else 0
   float softcap, capped_scale;
 
-  const int64_t* dropout_seed;  // null: no dropout
+  const int64_t* dropout_seed;  // the seed and what key 0 is called in the counter; null: no dropout
   uint32_t dropout_threshold;
   float keep_factor;  // 1 / (1 - dropout_p)
 };

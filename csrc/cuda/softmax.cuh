@@ -155,7 +155,7 @@ struct OnlineSoftmax {
 template <int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void drop_weights(Accumulator (&weights)[kRowTiles][kKeyTiles], uint64_t seed,
                                              uint32_t threshold, int batch, int first_head, int group,
-                                             int row, int key) {
+                                             int row, uint32_t key) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

@@ -116,7 +116,10 @@ pk::Attention problem_of(const Tensor& query, const Tensor& key, const Tensor& v
   p.scale = scale;
   p.softcap = softcap;
   p.dropout_p = dropout_p;
-  if (const int64_t* seed = int64s(dropout_seed, 1)) p.dropout_seed = static_cast<uint64_t>(*seed);
+  if (const int64_t* words = int64s(dropout_seed, 2)) {
+    p.dropout_seed = static_cast<uint64_t>(words[0]);
+    p.dropout_first_key = words[1];
+  }
   return p;
 }
 

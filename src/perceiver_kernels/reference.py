@@ -73,13 +73,13 @@ def dropout_factor(spec: AttentionSpec, shape: torch.Size, first_example: int = 
     """What dropout multiplies a probability by: 0 or 1 / (1 - p), for each (b, h, i, j) of ``shape``."""
     if spec.dropout_seed is None:
         return 1.0
-    seed = spec.dropout_seed
+    seed, first_key = spec.dropout_seed.unbind()
     b, h, i, j = (
         torch.arange(size, device=seed.device).view([-1 if axis == position else 1 for axis in range(4)])
         for position, size in enumerate(shape)
     )
     threshold = min(int(spec.dropout_p * 2**32), _WORD)
-    kept = philox((b + first_example, h, i, j), seed) >= threshold
+    kept = philox((b + first_example, h, i, j + first_key), seed) >= threshold
     return kept.to(torch.float64) / (1.0 - spec.dropout_p)
 
 

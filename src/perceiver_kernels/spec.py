@@ -36,7 +36,8 @@ class AttentionSpec:
     key_mask: Tensor | None = None  # (B, N) bool; packed: (Tk,)
     cu_seqlens_q: Tensor | None = None  # (B + 1,) int64
     cu_seqlens_k: Tensor | None = None  # (B + 1,) int64
-    dropout_seed: Tensor | None = None  # () int64, present iff dropout_p > 0
+    # (2,) int64, present iff dropout_p > 0: the seed, and the index of key 0 in dropout's counter.
+    dropout_seed: Tensor | None = None
 
     def options(self) -> tuple[Any, ...]:
         """The fields in the order in which the operators, Python's and C++'s, take them."""
@@ -56,6 +57,20 @@ class AttentionSpec:
     @property
     def is_packed(self) -> bool:
         return self.cu_seqlens_q is not None
+
+    def over_keys(self, begin: int, end: int) -> AttentionSpec:
+        """This call (dense form) restricted to keys ``begin`` to ``end - 1``, for a segment, chunk or rank.
+
+        Its keys are numbered from 0 again; they are seen, and dropped, as they are in the whole call.
+        """
+        seed = self.dropout_seed
+        return replace(
+            self,
+            q_offset=self.q_offset - begin if self.is_causal else 0,
+            q_offsets=None if self.q_offsets is None else self.q_offsets - begin,
+            key_mask=None if self.key_mask is None else self.key_mask[:, begin:end].contiguous(),
+            dropout_seed=None if seed is None else torch.stack((seed[0], seed[1] + begin)),
+        )
 
 
 def make_spec(
@@ -372,8 +387,10 @@ def _check_float(name: str, value: Any) -> float:
 
 def _seed_tensor(seed: int | None, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    return torch.full((), seed, dtype=torch.int64, device=device)
+        drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    else:
+        drawn = torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.stack((drawn, torch.zeros_like(drawn)))
 
 
 def _power(bound: int) -> str:

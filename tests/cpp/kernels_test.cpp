@@ -227,6 +227,7 @@ struct Problem {
     p.softcap = c.softcap;
     p.dropout_p = c.dropout_p;
     p.dropout_seed = 0x123456789abcdef;
+    p.dropout_first_key = 0xfffffff0;  // the counter wraps
   }
 
   // The specification, into `values` of the outputs; hides the inputs that it had no use for.
@@ -261,7 +262,7 @@ struct Problem {
             used[j] = true;
             y.push_back(p.softcap ? p.softcap * std::tanh(x / p.softcap) : x);
             top = std::fmax(top, y.back());
-            const uint32_t bits = pk::philox(p.dropout_seed, b, h, i, j);
+            const uint32_t bits = pk::philox(p.dropout_seed, b, h, i, p.dropout_first_key + j);
             const bool kept = !p.dropout_p || bits >= pk::dropout_threshold(p.dropout_p);
             factor.push_back(kept ? 1 / (1 - p.dropout_p) : 0);
           }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -87,20 +86,12 @@ def reference64(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _key_chunks(query: Tensor, key: Tensor, spec: AttentionSpec) -> Iterator[tuple[slice, AttentionSpec]]:
-    """Disjoint runs of keys and the call restricted to each: for all but dropout a matter of the offset."""
+    """Disjoint runs of keys and the call restricted to each."""
     keys = key.shape[-2]
     chunk = _SCORES // max(query.shape[:-1].numel(), 1)
-    if spec.is_packed or spec.dropout_p or keys <= chunk:
+    if spec.is_packed or keys <= chunk:
         yield slice(None), spec
         return
     for start in range(0, keys, chunk):
         run = slice(start, start + chunk)
-        yield (
-            run,
-            replace(
-                spec,
-                q_offset=spec.q_offset - start,
-                q_offsets=None if spec.q_offsets is None else spec.q_offsets - start,
-                key_mask=None if spec.key_mask is None else spec.key_mask[:, run],
-            ),
-        )
+        yield run, spec.over_keys(start, start + chunk)

@@ -185,8 +185,11 @@ def times_score_grad(b_ds, b_s, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def kept(p_seed, i_b, o_h, o_i, o_j, threshold):
-    """Which entries dropout keeps: the first word of Philox4x32-10 at (b, h, i, j) against the threshold."""
-    o_i, o_j = tl.broadcast(o_i, o_j)
+    """Which entries dropout keeps: the first word of Philox4x32-10 at (b, h, i, j) against the threshold.
+
+    At ``p_seed`` lie the seed and what key 0 is called.
+    """
+    o_i, o_j = tl.broadcast(o_i, o_j + tl.load(p_seed + 1).to(tl.int32))
     o_h, _ = tl.broadcast(o_h.to(tl.int32), o_i)
     o_b = tl.zeros_like(o_i) + i_b.to(tl.int32)
     word, _, _, _ = tl.philox(tl.load(p_seed), o_b, o_h, o_i, o_j)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from perceiver_kernels import autograd, dispatch
-from perceiver_kernels.spec import AttentionSpec, make_spec
+from perceiver_kernels.spec import AttentionSpec, is_segmented, make_spec, segments
+
+Tensors = Tensor | Sequence[Tensor]
 
 
 def perceiver_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensors,
+    value: Tensors,
     *,
     is_causal: bool = True,
     q_offset: int | Tensor | None = None,
@@ -35,11 +38,12 @@ def perceiver_attention(
 
     Args:
         query: (B, H, M, D), float32, bfloat16, float16 or float64, any strides.
-        key: (B, Hkv, N, D), dtype and device as query; H % Hkv == 0 (grouped-query attention).
-        value: (B, Hkv, N, Dv).
+        key: (B, Hkv, N, D), dtype and device as query; H % Hkv == 0 (grouped-query attention). Or a sequence
+            of such tensors: segments, one after the other, attended to as if concatenated, without the copy.
+        value: (B, Hkv, N, Dv); segments where key is.
         is_causal: whether the rule above looks at positions at all.
         q_offset: position of query 0 among the keys: None for N - M, an int, or an integer tensor (B,).
-        key_mask: bool (B, N), True where the key may be attended.
+        key_mask: bool (B, N), True where the key may be attended. With segments, over all of them.
         scale: factor on query . key; None for D ** -0.5.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         dropout_p: probability in [0, 1) with which a normalised attention weight is dropped.
@@ -59,7 +63,7 @@ def perceiver_attention(
         ValueError: an argument has the wrong shape, device or value, or no backend, or not the named one,
             can serve the call.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
     spec = make_spec(
         query,
         key,
@@ -111,7 +115,7 @@ def perceiver_attention_varlen(
         Tensor (Tq, H, Dv); with ``return_lse`` also (H, Tq). The other options and the errors are those of
         :func:`perceiver_attention`.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
     spec = make_spec(
         query,
         key,
@@ -129,28 +133,42 @@ def perceiver_attention_varlen(
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backend: str | None, return_lse: bool
+    query: Tensor, key: Any, value: Any, spec: AttentionSpec, backend: str | None, return_lse: bool
 ) -> Any:
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (query, key, value)):
+    keys, values = segments(key), segments(value)
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (query, *keys, *values)):
         raise NotImplementedError("perceiver_attention: forward-mode differentiation is not supported")
-    name = dispatch.choose(backend, query, key, value, spec)
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    out, lse = autograd.attention(query, key, value, spec, name)
+    lengths = [t.shape[-2] for t in keys]
+    longest = lengths.index(max(lengths))
+    name = dispatch.choose(backend, query, keys[longest], values[longest], spec)
+    query = _channels_together(query)
+    keys, values = [_channels_together(t) for t in keys], [_channels_together(t) for t in values]
+    if is_segmented(key):
+        out, lse = autograd.segmented_attention(query, keys, values, spec, name)
+    else:
+        out, lse = autograd.attention(query, keys[0], values[0], spec, name)
     return (out, lse) if return_lse else out
+
+
+def _channels_together(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(given: Any) -> Any:
     """Under autocast: what is not float64 in autocast's dtype, as torch's own attention has it."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return tensors  # the checks name the culprit
-    device = tensors[0].device.type
+    if is_segmented(given):
+        return [_autocast(tensor) for tensor in given]
+    if not isinstance(given, Tensor):
+        return given  # the checks name the culprit
+    device = given.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+        return given
+    if not given.is_floating_point() or given.dtype == torch.float64:
+        return given
+    return given.to(torch.get_autocast_dtype(device))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perceiver_kernels import segments
 from perceiver_kernels.dispatch import BACKENDS
 from perceiver_kernels.spec import AttentionSpec, check_contents, empty_gradients, empty_outputs
 
@@ -22,8 +24,13 @@ _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_FORWARD = "perceiver_kernels::attention_forward"
-_BACKWARD = "perceiver_kernels::attention_backward"
+_library.define(
+    f"segments_forward(Tensor query, Tensor[] keys, Tensor[] values, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "segments_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor[] keys, Tensor[] values, Tensor out, "
+    f"Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor[] dks, Tensor[] dvs)"
+)
 
 
 def attention(
@@ -32,6 +39,31 @@ def attention(
     """``(out, lse)`` from the named backend, differentiable. The caller has checked that it can serve."""
     out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *spec.options(), backend)
     return out, lse
+
+
+def segmented_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], spec: AttentionSpec, backend: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` over the segments of ``keys`` and ``values`` together."""
+    out, lse = torch.ops.perceiver_kernels.segments_forward(query, keys, values, *spec.options(), backend)
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    residuals: tuple[Tensor, Tensor],
+    spec: AttentionSpec,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` from ``(out, lse)``, be they of these keys or, for exact parts, of all keys merged."""
+    dq, dk, dv = torch.ops.perceiver_kernels.attention_backward(
+        dout, dlse, query, key, value, *residuals, *spec.options(), backend
+    )
+    return dq, dk, dv
 
 
 def _unpack(options: tuple[Any, ...]) -> tuple[AttentionSpec, str]:
@@ -77,35 +109,83 @@ def _backward_fake(
     return empty_gradients(query, key, value)
 
 
+def _segments_forward(query: Tensor, keys: list[Tensor], values: list[Tensor], *options: Any) -> Any:
+    spec, backend = _unpack(options)
+    check_contents(query, keys[0], spec)
+    with torch.autocast(query.device.type, enabled=False):
+        return segments.forward(query, keys, values, spec, BACKENDS[backend])
+
+
+def _segments_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> Any:
+    spec, backend = _unpack(options)
+    check_contents(query, keys[0], spec)
+    with torch.autocast(query.device.type, enabled=False):
+        return segments.backward(dout, dlse, query, keys, values, out, lse, spec, BACKENDS[backend])
+
+
+def _segments_forward_fake(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor]:
+    return empty_outputs(query, values[0])
+
+
+def _segments_backward_fake(
+    dout: Tensor, dlse: Tensor | None, query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return torch.empty_like(query), [torch.empty_like(t) for t in keys], [torch.empty_like(t) for t in values]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keys and values as they come: one tensor each, or lists of segments."""
     query, key, value, *options = inputs
     tensors, ctx.scalars = options[:5], options[5:]
-    ctx.save_for_backward(query, key, value, *output, *tensors)
+    ctx.parts = None if isinstance(key, Tensor) else len(key)
+    pairs = (key, value) if isinstance(key, Tensor) else (*key, *value)
+    ctx.save_for_backward(query, *output, *tensors, *pairs)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, *tensors = ctx.saved_tensors
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    query, out, lse, *rest = ctx.saved_tensors
+    tensors, pairs = rest[:5], rest[5:]
     without_gradient = (None,) * (len(tensors) + len(ctx.scalars))
     if dout is None and dlse is None:
-        return (None, None, None, *without_gradient)
+        nothing = None if ctx.parts is None else [None] * ctx.parts
+        return (None, nothing, nothing, *without_gradient)
     if dout is None:
         dout = torch.zeros_like(out)
-    gradients = torch.ops.perceiver_kernels.attention_backward(
-        dout, dlse, query, key, value, out, lse, *tensors, *ctx.scalars
-    )
+    if ctx.parts is None:
+        backward, (key, value) = torch.ops.perceiver_kernels.attention_backward, pairs
+    else:
+        backward = torch.ops.perceiver_kernels.segments_backward
+        key, value = pairs[: ctx.parts], pairs[ctx.parts :]
+    gradients = backward(dout, dlse, query, key, value, out, lse, *tensors, *ctx.scalars)
     return (*gradients, *without_gradient)
 
 
-def _refuse_double_backward(ctx: Any, *gradients: Tensor | None) -> None:
+def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
     raise NotImplementedError("perceiver_attention: double backward is not supported")
 
 
 for _name, _implementation, _fake in (
-    (_FORWARD, _forward, _forward_fake),
-    (_BACKWARD, _backward, _backward_fake),
+    ("attention_forward", _forward, _forward_fake),
+    ("attention_backward", _backward, _backward_fake),
+    ("segments_forward", _segments_forward, _segments_forward_fake),
+    ("segments_backward", _segments_backward, _segments_backward_fake),
 ):
+    _name = f"perceiver_kernels::{_name}"
     torch.library.impl(_name, "CompositeExplicitAutograd", lib=_library)(_implementation)
     torch.library.register_fake(_name, _fake, lib=_library)
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd(_BACKWARD, _refuse_double_backward, lib=_library)
+    if _name.endswith("forward"):
+        torch.library.register_autograd(_name, _differentiate, setup_context=_save, lib=_library)
+    else:
+        torch.library.register_autograd(_name, _refuse_double_backward, lib=_library)

@@ -47,6 +47,31 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     return out.to(outs[0].dtype), lse
 
 
+class RunningMerge:
+    """:func:`merge_attention` of parts that come one by one, without gradients and in constant memory."""
+
+    def __init__(self) -> None:
+        self._out: Tensor | None = None  # sum of exp(lse - peak) * out, in lse's precision
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        """Take in one more part; shapes as for :func:`merge_attention`."""
+        if self._out is None:
+            self._dtype, self._out = out.dtype, out.to(lse.dtype, copy=True)
+            self._peak, self._total = lse, (lse != -torch.inf).to(lse.dtype)
+            return
+        peak = torch.maximum(self._peak, lse)
+        finite = peak.masked_fill(peak == -torch.inf, 0.0)
+        old, new = torch.exp(self._peak - finite), torch.exp(lse - finite)
+        self._out.mul_(old.unsqueeze(-1)).addcmul_(out.to(lse.dtype), new.unsqueeze(-1))
+        self._peak, self._total = peak, self._total * old + new
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` of the parts so far, at least one; nothing may be added afterwards."""
+        assert self._out is not None
+        total = self._total.masked_fill(self._total == 0.0, 1.0)
+        return self._out.div_(total.unsqueeze(-1)).to(self._dtype), self._peak + torch.log(total)
+
+
 def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be equally many, at least 1, got {len(outs)} and {len(lses)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +75,8 @@ class AttentionSpec:
 
 def make_spec(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Sequence[Tensor],
+    value: Tensor | Sequence[Tensor],
     *,
     is_causal: bool,
     q_offset: int | Tensor | None,
@@ -92,11 +92,16 @@ def make_spec(
     Shapes, dtypes and devices are checked here; what needs the contents of a tensor is checked by
     :func:`check_contents`. Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for the rest.
     """
-    _check_tensors(query, key, value, packed=cu_seqlens is not None)
+    if cu_seqlens is None and (is_segmented(key) or is_segmented(value)):
+        _check_segments(query, key, value)
+    else:
+        _check_tensors(query, key, value, packed=cu_seqlens is not None)
     _check_bool("is_causal", is_causal)
     cu_seqlens_q = cu_seqlens_k = None
     if cu_seqlens is None:
-        batch, num_keys = query.shape[0], key.shape[2]
+        batch, num_keys = query.shape[0], sum(segment.shape[2] for segment in segments(key))
+        if num_keys > MAX_LENGTH:
+            raise ValueError(f"key must have no more than 2**32 - 1 positions in all, got {num_keys}")
     else:
         cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens[0], query)
         cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens[1], query)
@@ -105,7 +110,7 @@ def make_spec(
                 f"cu_seqlens_q and cu_seqlens_k must have the same length, "
                 f"got {cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
             )
-        batch, num_keys = cu_seqlens_q.shape[0] - 1, key.shape[0]
+        batch, num_keys = cu_seqlens_q.shape[0] - 1, segments(key)[0].shape[0]
 
     offset, offsets = 0, None
     if isinstance(q_offset, Tensor):
@@ -180,6 +185,16 @@ def check_contents(query: Tensor, key: Tensor, spec: AttentionSpec) -> None:
         if low < -MAX_OFFSET or high > MAX_OFFSET:
             worst = low if low < -MAX_OFFSET else high
             raise ValueError(f"q_offset must be between -2**48 and 2**48, got {worst}")
+
+
+def is_segmented(tensors: Tensor | Sequence[Tensor]) -> bool:
+    """Whether keys or values came as a sequence of segments."""
+    return isinstance(tensors, (list, tuple))
+
+
+def segments(tensors: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """The segments of keys or values; one tensor is one segment."""
+    return [tensors] if isinstance(tensors, Tensor) else tensors
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,13 +289,32 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+def _check_segments(query: Tensor, keys: Any, values: Any) -> None:
+    for name, given, other in (("key", keys, "value"), ("value", values, "key")):
+        if not is_segmented(given):
+            raise TypeError(f"{name} must be a sequence of tensors as {other} is, got {type(given).__name__}")
+    if not keys or len(keys) != len(values):
+        raise ValueError(
+            f"key and value must be equally many segments, at least 1, got {len(keys)} and {len(values)}"
+        )
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        _check_tensors(query, key, value, packed=False, at=f"[{i}]")
+        if key.shape[1] != keys[0].shape[1]:
+            raise ValueError(f"key[{i}] has {key.shape[1]} heads, but key[0] has {keys[0].shape[1]}")
+        if value.shape[-1] != values[0].shape[-1]:
+            raise ValueError(
+                f"value[{i}] has head dim {value.shape[-1]}, but value[0] has {values[0].shape[-1]}"
+            )
+
+
+def _check_tensors(query: Any, key: Any, value: Any, packed: bool, at: str = "") -> None:
+    key_name, value_name = f"key{at}", f"value{at}"
     shapes = {
         "query": "(Tq, H, D)" if packed else "(B, H, M, D)",
-        "key": "(Tk, Hkv, D)" if packed else "(B, Hkv, N, D)",
-        "value": "(Tk, Hkv, Dv)" if packed else "(B, Hkv, N, Dv)",
+        key_name: "(Tk, Hkv, D)" if packed else "(B, Hkv, N, D)",
+        value_name: "(Tk, Hkv, Dv)" if packed else "(B, Hkv, N, Dv)",
     }
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in (("query", query), (key_name, key), (value_name, value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_nested:
@@ -289,7 +323,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         check_dtype(name, tensor)
         if tensor.dim() != (3 if packed else 4):
             raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(tensor.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
+    for name, tensor in ((key_name, key), (value_name, value)):
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} is {dtype_name(tensor.dtype)}, but query is {dtype_name(query.dtype)}")
         if tensor.device != query.device:
@@ -298,24 +332,25 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
             raise ValueError(f"{name} has batch size {tensor.shape[0]}, but query has {query.shape[0]}")
 
     head_dim, length_dim = 1, 0 if packed else 2
-    for name, tensor in (("query", query), ("key", key)):
+    for name, tensor in (("query", query), (key_name, key)):
         if tensor.shape[head_dim] < 1:
             raise ValueError(f"{name} must have at least 1 head, got shape {tuple(tensor.shape)}")
     heads, kv_heads = query.shape[head_dim], key.shape[head_dim]
     if heads % kv_heads != 0:
-        raise ValueError(f"key has {kv_heads} heads, which does not divide query's {heads}")
+        raise ValueError(f"{key_name} has {kv_heads} heads, which does not divide query's {heads}")
     if value.shape[head_dim] != kv_heads:
-        raise ValueError(f"value has {value.shape[head_dim]} heads, but key has {kv_heads}")
+        raise ValueError(f"{value_name} has {value.shape[head_dim]} heads, but {key_name} has {kv_heads}")
     if value.shape[length_dim] != key.shape[length_dim]:
         raise ValueError(
-            f"value has {value.shape[length_dim]} positions, but key has {key.shape[length_dim]}"
+            f"{value_name} has {value.shape[length_dim]} positions, "
+            f"but {key_name} has {key.shape[length_dim]}"
         )
     if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key has head dim {key.shape[-1]}, but query has {query.shape[-1]}")
-    for name, tensor in (("query", query), ("value", value)):
+        raise ValueError(f"{key_name} has head dim {key.shape[-1]}, but query has {query.shape[-1]}")
+    for name, tensor in (("query", query), (value_name, value)):
         if tensor.shape[-1] < 1:
             raise ValueError(f"{name} must have a head dim of at least 1, got shape {tuple(tensor.shape)}")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in (("query", query), (key_name, key), (value_name, value)):
         if any(size > MAX_LENGTH for size in tensor.shape):
             raise ValueError(
                 f"{name} must have no dimension beyond 2**32 - 1, got shape {tuple(tensor.shape)}"

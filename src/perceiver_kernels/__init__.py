@@ -18,6 +18,7 @@ if _library.missing is not None:  # calls go to torch's own attention then: not 
     )
 
 if TYPE_CHECKING:
+    from perceiver_kernels.distributed import context_parallel_attention
     from perceiver_kernels.layers import CrossAttention
     from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
 
@@ -27,6 +28,7 @@ __all__ = [
     "PerceiverARConfig",
     "__version__",
     "available_backends",
+    "context_parallel_attention",
     "merge_attention",
     "perceiver_attention",
     "perceiver_attention_varlen",
@@ -36,6 +38,7 @@ _LAZY = {
     "CrossAttention": "perceiver_kernels.layers",
     "PerceiverAR": "perceiver_kernels.models",
     "PerceiverARConfig": "perceiver_kernels.models",
+    "context_parallel_attention": "perceiver_kernels.distributed",
 }
 
 

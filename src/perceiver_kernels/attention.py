@@ -63,7 +63,7 @@ def perceiver_attention(
         ValueError: an argument has the wrong shape, device or value, or no backend, or not the named one,
             can serve the call.
     """
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = autocast(query), autocast(key), autocast(value)
     spec = make_spec(
         query,
         key,
@@ -115,7 +115,7 @@ def perceiver_attention_varlen(
         Tensor (Tq, H, Dv); with ``return_lse`` also (H, Tq). The other options and the errors are those of
         :func:`perceiver_attention`.
     """
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = autocast(query), autocast(key), autocast(value)
     spec = make_spec(
         query,
         key,
@@ -160,10 +160,10 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def _autocast(given: Any) -> Any:
+def autocast(given: Any) -> Any:
     """Under autocast: what is not float64 in autocast's dtype, as torch's own attention has it."""
     if is_segmented(given):
-        return [_autocast(tensor) for tensor in given]
+        return [autocast(tensor) for tensor in given]
     if not isinstance(given, Tensor):
         return given  # the checks name the culprit
     device = given.device.type

@@ -1,0 +1,259 @@
+"""Context parallel attention: every rank holds a slice of the keys, and only M x D results travel.
+
+The queries are few and the same on every rank. Each attends to its own slice, and the partial results are
+merged by their log-sum-exps (Flash-Decoding, Dao et al. 2023, among machines): with ``lse`` that of the
+ranks' own, ``out = sum_r exp(lse_r - lse) out_r``. No key, no value and no gradient of either leaves its
+rank. What travels, once per direction, is an all-reduce of M x D in the tensors' own dtype and in rank order
+(:mod:`perceiver_kernels.collectives`): all ranks hold the same bits, every time.
+
+**Gradients are those of the sum over ranks of what each rank differentiates**, as if all ranks were one
+program: the backward first sums what reached ``out`` on any rank (its one exchange), and each rank then finds
+its dk and dv, and what its slice adds to dq, alone. So where every rank computes the same loss from the same
+``out``, each parameter's gradient *averaged* over the ranks is exactly that of one process, whether the
+parameter makes keys, makes queries, or comes after. Averaging over the data and the context axis at once is
+what DDP and FSDP do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from perceiver_kernels import dispatch
+from perceiver_kernels.attention import autocast
+from perceiver_kernels.collectives import (
+    Group,
+    compare,
+    reduce_over_group,
+    refuse,
+    resolve_group,
+    sum_over_group,
+)
+from perceiver_kernels.merge import merge_attention
+from perceiver_kernels.spec import DTYPES, MAX_LENGTH, AttentionSpec, make_spec
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: Group = None,
+    lengths: Sequence[int] | None = None,
+    is_causal: bool = True,
+    q_offset: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """:func:`perceiver_kernels.perceiver_attention` over keys whose slices lie on the ranks of a group.
+
+    Rank r holds keys ``sum(lengths[:r])`` up to ``sum(lengths[: r + 1])`` of N in all; slices may be of any
+    lengths, none included. Every rank calls this with the same queries and options and with its own slice of
+    ``key``, ``value`` and ``key_mask``; positions and dropout count through all slices: the result is that
+    of one process that holds all keys. The gradients are those of the sum over ranks of the losses, see the
+    module: ``dk`` and ``dv`` of this rank's slice, and what this slice adds to ``dq``. Every rank must run
+    the backward; the losses may differ, the queries may not.
+
+    Args:
+        query: (B, H, M, D), the same on every rank.
+        key: (B, Hkv, n, D), this rank's slice.
+        value: (B, Hkv, n, Dv).
+        group: a process group or a one-dimensional DeviceMesh whose ranks hold the slices in order; None is
+            the default group. Tensors must be where its backend works: gloo on CPUs, NCCL on GPUs.
+        lengths: every rank's n. None: the ranks tell each other, and compare all other arguments, before
+            anything else (8 bytes for each of 20 numbers to every rank, and on a GPU a wait for it).
+        q_offset: position of query 0 among all N keys: None for N - M, an int, or an integer tensor (B,).
+        key_mask: bool (B, n), this rank's slice.
+        dropout_seed: None takes rank 0's draw; with ``lengths`` given it must be given too.
+        is_causal, scale, softcap, dropout_p, return_lse, backend: as in the op.
+
+    Returns:
+        (B, H, M, Dv), with ``return_lse`` also (B, H, M): the same bits on every rank.
+
+    Raises:
+        TypeError, ValueError: as the op, before any kernel runs; without ``lengths`` on every rank as soon as
+            one rank refuses, or their arguments differ.
+        RuntimeError: the exchange failed: a rank died, or took longer than the group's timeout.
+    """
+    ranks = resolve_group(group)
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    try:
+        for argument, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
+        query, key, value = autocast(query), autocast(key), autocast(value)
+        spec = make_spec(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            q_offset=q_offset,
+            key_mask=key_mask,
+            scale=scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+        )
+        name = dispatch.choose(backend, query, key, value, spec)
+        if lengths is not None and dropout_p > 0.0 and dropout_seed is None:
+            raise ValueError("dropout_seed must be given where lengths are: each rank would draw its own")
+    except (TypeError, ValueError):
+        if lengths is None:
+            refuse(ranks, device)
+        raise
+    if lengths is None:
+        facts = {
+            "query's batch size": query.shape[0],
+            "query's number of heads": query.shape[1],
+            "query's length": query.shape[2],
+            "query's head dim": query.shape[3],
+            "value's head dim": value.shape[3],
+            "query's dtype": DTYPES.index(query.dtype),
+            "is_causal": is_causal,
+            "whether q_offset is a tensor": isinstance(q_offset, Tensor),
+            "whether q_offset is None": q_offset is None,
+            "q_offset": 0 if q_offset is None or isinstance(q_offset, Tensor) else q_offset,
+            "scale": spec.scale,
+            "softcap": spec.softcap,
+            "dropout_p": spec.dropout_p,
+            "dropout_seed": 0 if dropout_seed is None else dropout_seed,
+            "return_lse": return_lse,
+            "whether a gradient is needed": torch.is_grad_enabled()
+            and any(tensor.requires_grad for tensor in (query, key, value)),
+        }
+        seed = 0 if spec.dropout_seed is None else int(spec.dropout_seed[0])
+        lengths, seed = compare(ranks, device, key.shape[2], seed, facts)
+        if spec.dropout_seed is not None:
+            spec = replace(spec, dropout_seed=spec.dropout_seed.new_tensor((seed, 0)))
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    slices = Slices(ranks, tuple(lengths))
+    own = slices.lengths[slices.rank]
+    if own != key.shape[2]:
+        raise ValueError(f"lengths[{slices.rank}] is {own}, but this rank's key has {key.shape[2]} positions")
+    if is_causal and q_offset is None:
+        spec = replace(spec, q_offset=slices.total - query.shape[2])
+    options = ranks, slices.part_of(spec), name, return_lse
+    out, lse = _Attention.apply(query, key, value, *options)  # type: ignore[no-untyped-call]
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Where the slices lie: rank r of the group holds ``lengths[r]`` positions, after those of rank r - 1."""
+
+    group: ProcessGroup
+    lengths: tuple[int, ...]
+    seed: int = 0  # the same on every rank, another in every step
+
+    def __post_init__(self) -> None:
+        if len(self.lengths) != self.group.size():
+            raise ValueError(
+                f"lengths must be one for each of the group's {self.group.size()} ranks, "
+                f"got {len(self.lengths)}"
+            )
+        if self.total > MAX_LENGTH:
+            raise ValueError(f"the slices must have at most 2**32 - 1 positions in all, got {self.total}")
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == len(self.lengths) - 1
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def start(self) -> int:
+        """How many positions lie before this rank's."""
+        return sum(self.lengths[: self.rank])
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.lengths[self.rank]
+
+    def map(self, length: Callable[[int], int], more: int = 0) -> Slices:
+        """Slices of other lengths, the last one ``more`` longer."""
+        first, last = self.lengths[:-1], self.lengths[-1]
+        return replace(self, lengths=(*map(length, first), length(last) + more))
+
+    def part_of(self, spec: AttentionSpec) -> AttentionSpec:
+        """This rank's part of a call over all positions; ``spec.key_mask`` is the slice's own already."""
+        whole = replace(spec, key_mask=None)
+        return replace(whole.over_keys(self.start, self.stop), key_mask=spec.key_mask)
+
+    @contextmanager
+    def randomness(self, device: torch.device, *, shared: bool) -> Iterator[None]:
+        """Draw inside alike on all ranks, or on each rank apart; torch's own generators stay untouched."""
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(self.seed if shared else self.seed + 1 + self.rank)
+            yield
+
+
+class _Attention(torch.autograd.Function):
+    """The local op, forward and backward, around the two exchanges.
+
+    The backward is the op's own with the *merged* ``(out, lse)`` as residuals: ``exp(score - lse)`` is then a
+    probability among all N keys, and delta the row's own, so nothing is differentiated through the merge.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        group: ProcessGroup,
+        spec: AttentionSpec,
+        backend: str,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *spec.options(), backend)
+        out, lse = merge_over_group(out, lse, group)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.group, ctx.spec, ctx.backend, ctx.with_lse = group, spec, backend, with_lse
+        if not with_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        dout, *dlses = sum_over_group([dout, dlse] if ctx.with_lse else [dout], ctx.group)
+        gradients = torch.ops.perceiver_kernels.attention_backward(
+            dout, dlses[0] if dlses else None, query, key, value, out, lse, *ctx.spec.options(), ctx.backend
+        )
+        return (*gradients, None, None, None, None)
+
+
+def merge_over_group(out: Tensor, lse: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The ranks' partial ``(out, lse)`` over disjoint keys, merged; the same bits on all. Not differentiable.
+
+    (B, H, M, Dv) and (B, H, M), the same shapes on every rank; ``out`` keeps its strides.
+    """
+
+    def merge(parts: list[Tensor]) -> list[Tensor]:
+        merged, lses = merge_attention(list(parts[0]), list(parts[1].squeeze(-1)))
+        return [merged, lses.unsqueeze(-1)]
+
+    rows = [out.reshape(-1, out.shape[-1]), lse.reshape(-1, 1)]
+    merged, lses = reduce_over_group(rows, merge, group, "merging the ranks' partial results")
+    return torch.empty_like(out).copy_(merged.view(out.shape)), lses.view(lse.shape)

@@ -1,0 +1,378 @@
+"""Context parallel against one process: 2, 3 and 4 gloo processes, each started once for all cases."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import math
+import os
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import perceiver_kernels as pk
+from perceiver_kernels import collectives
+from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
+from perceiver_kernels.testing.cases import Case
+from perceiver_kernels.testing.inputs import Inputs, make_inputs
+
+pytestmark = [
+    pytest.mark.cpu_only("gloo processes"),
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
+
+WORLDS = (2, 3, 4)
+SPLITS = {  # lengths by number of ranks, as shares; 0 is a rank without keys
+    "even": {2: (1, 1), 3: (1, 1, 1), 4: (1, 1, 1, 1)},
+    "uneven": {2: (3, 1), 3: (1, 4, 2), 4: (5, 1, 1, 9)},
+    "empty": {2: (0, 1), 3: (1, 0, 2), 4: (0, 1, 1, 0)},
+}
+CASES = (
+    Case("plain"),
+    Case("grouped", H=6, Hkv=2, D=40, Dv=24, strides="transposed"),
+    Case("masked", key_mask="random", softcap=2.0, scale=0.3),
+    Case("dead_example", key_mask="dead_example"),
+    Case("offset_per_example", q_offset="per_example", key_mask="random", B=3),
+    Case("offset_0", q_offset=0),  # the last ranks see nothing
+    Case("not_causal", is_causal=False, M=5),
+    Case("more_queries_than_keys", M=70, N=13),
+    Case("decode", B=1, H=3, Hkv=1, M=1),
+    Case("dropout", dropout_p=0.3, H=6, Hkv=3, D=32, Dv=32),
+    Case("no_queries", M=0),
+)
+
+
+# What each process runs. Every function returns what the test then looks at, or raises.
+
+
+def sliced(inputs: Inputs, lengths: list[int], rank: int) -> dict[str, Any]:
+    """This rank's arguments."""
+    own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    options = dict(inputs.kwargs)
+    if "key_mask" in options:
+        options["key_mask"] = options["key_mask"][:, own]
+    return {"query": inputs.query, "key": inputs.key[:, :, own], "value": inputs.value[:, :, own], **options}
+
+
+def split(total: int, shares: tuple[int, ...]) -> list[int]:
+    """``total`` in parts of about these shares."""
+    ends = [total * sum(shares[:r]) // sum(shares) for r in range(len(shares) + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def run_sliced(inputs: Inputs, pieces: list[int], **more: Any) -> dict[str, Tensor]:
+    """``out, lse, dq, dk, dv`` of the whole, from what the ranks found; each differentiates a share of it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    arguments = sliced(inputs, pieces, rank) | more
+    leaves = [arguments.pop(name).detach().requires_grad_() for name in ("query", "key", "value")]
+    out, lse = pk.context_parallel_attention(*leaves, return_lse=True, **arguments)
+    # The losses of the ranks differ, and so do their shares of the gradient; their sum counts.
+    shares = [2.0 * (r + 1) / (world * (world + 1)) for r in range(world)]
+    torch.autograd.backward((out, lse), (inputs.dout * shares[rank], inputs.dlse * shares[rank]))
+    dq, dk, dv = (leaf.grad.double() for leaf in leaves)
+    dist.all_reduce(dq)
+    copies = [torch.empty_like(out) for _ in range(world)]
+    dist.all_gather(copies, out.detach().contiguous())
+    assert all(torch.equal(copy, copies[0]) for copy in copies), "the ranks hold different bits"
+    whole = {}
+    for name, part in (("dk", dk), ("dv", dv)):
+        parts = [part.new_empty(*part.shape[:2], n, part.shape[3]) for n in pieces]
+        for source, buffer in enumerate(parts):
+            if source == rank:
+                buffer.copy_(part)
+            dist.broadcast(buffer, source)
+        whole[name] = torch.cat(parts, 2)
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, **whole}
+
+
+def op_equals_one_process() -> list[str]:
+    """Each case and split, within the budget of the op itself; returns what wasn't."""
+    world, wrong = dist.get_world_size(), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for case in CASES if dtype != torch.float64 else CASES[:3]:
+            inputs = make_inputs(case, dtype)
+            want, plain = reference64(inputs), math_reference(inputs)
+            for kind, shares in SPLITS.items():
+                lengths = split(case.N, shares[world])
+                got = run_sliced(inputs, lengths)
+                for name in want:
+                    error = relative_error(got[name], want[name])
+                    if not error <= budget(plain[name], want[name], dtype):
+                        wrong.append(f"{case.name} {kind} {dtype} {name}: {error:.2e}")
+    return wrong
+
+
+def every_backend_and_given_lengths() -> list[str]:
+    """The other backends, and lengths that needn't be exchanged, give the same within float32's budget."""
+    wrong = []
+    for backend in (name for name, reason in pk.available_backends().items() if reason is None):
+        case = Case("masked", key_mask="random", dropout_p=0.0 if backend == "sdpa" else 0.2, M=9, N=40)
+        inputs = make_inputs(case, torch.float32)
+        want, plain = reference64(inputs), math_reference(inputs)
+        lengths = split(case.N, SPLITS["uneven"][dist.get_world_size()])
+        got = run_sliced(inputs, lengths, backend=backend, lengths=lengths)
+        wrong += [
+            f"{backend} {name}"
+            for name in want
+            if not relative_error(got[name], want[name]) <= budget(plain[name], want[name], torch.float32)
+        ]
+    return wrong
+
+
+def repeats_bits() -> bool:
+    """The same bits in every run, without a gradient for lse, and under another number of threads."""
+    inputs = make_inputs(Case("plain"), torch.bfloat16)
+    lengths = split(101, SPLITS["uneven"][dist.get_world_size()])
+    first = run_sliced(inputs, lengths)
+    torch.set_num_threads(2)
+    second = run_sliced(inputs, lengths)
+    torch.set_num_threads(1)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that this rank sends, by collective: what leaves the rank, each byte once for each receiver."""
+    sent = {"calls": 0, "bytes": 0}
+    real_swap, real_gather = dist.all_to_all_single, collectives._all_gather
+
+    def swap(output: Tensor, tensor: Tensor, group: Any) -> None:
+        sent["calls"] += 1
+        sent["bytes"] += tensor.numel() * tensor.element_size() * (group.size() - 1) // group.size()
+        real_swap(output, tensor, group=group)
+
+    def gather(output: Tensor, tensor: Tensor, group: Any) -> None:
+        sent["calls"] += 1
+        sent["bytes"] += tensor.numel() * tensor.element_size() * (group.size() - 1)
+        real_gather(output, tensor, group=group)
+
+    dist.all_to_all_single, collectives._all_gather = swap, gather
+    try:
+        yield sent
+    finally:
+        dist.all_to_all_single, collectives._all_gather = real_swap, real_gather
+
+
+def bytes_sent() -> list[tuple[dict[str, int], dict[str, int]]]:
+    """What forward and backward send at N = 8k and 128k, in bfloat16."""
+    counts = []
+    for total in (8192, 131072):
+        lengths = split(total, (1,) * dist.get_world_size())
+        q = torch.randn(1, 2, 33, 16, dtype=torch.bfloat16, requires_grad=True)
+        k, v = (torch.randn(1, 1, lengths[dist.get_rank()], d, dtype=torch.bfloat16) for d in (16, 24))
+        with counted() as forward:
+            out = pk.context_parallel_attention(q, k, v)
+        with counted() as backward:
+            out.sum().backward()
+        counts.append((forward, backward))
+    return counts
+
+
+def refusals() -> list[str]:
+    """A bad call raises on every rank, not only where it is bad, and nobody hangs."""
+    rank, messages = dist.get_rank(), []
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    world = dist.get_world_size()
+    calls: list[Callable[[], Any]] = [
+        lambda: pk.context_parallel_attention(q, k[:, :1] if rank == 1 else k, v),
+        lambda: pk.context_parallel_attention(q[:, :, rank:], k, v),
+        lambda: pk.context_parallel_attention(q, k, v, scale=0.5 + rank),
+        lambda: pk.context_parallel_attention(q, k, v, q_offset=None if rank == 0 else 3),
+        lambda: pk.context_parallel_attention(q.clone().requires_grad_(rank == 0), k, v),
+        lambda: pk.context_parallel_attention(q, k, v, lengths=[9] * (world - 1)),
+        lambda: pk.context_parallel_attention(q, k, v, lengths=[8] * world),
+        lambda: pk.context_parallel_attention(q, k, v, lengths=[9] * world, dropout_p=0.1),
+        lambda: pk.context_parallel_attention(q, k, v, group="ranks"),
+    ]
+    for call in calls:
+        try:
+            call()
+            messages.append("no error")
+        except (TypeError, ValueError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def drawn_seed() -> bool:
+    """Without a seed all ranks take rank 0's draw, whatever their own generators say."""
+    torch.manual_seed(100 + dist.get_rank())
+    lengths = split(40, SPLITS["uneven"][dist.get_world_size()])
+    q, v = torch.zeros(1, 1, 3, 8), torch.eye(40).view(1, 1, 40, 40)
+    own = slice(sum(lengths[: dist.get_rank()]), sum(lengths[: dist.get_rank() + 1]))
+    out = pk.context_parallel_attention(
+        q, torch.zeros(1, 1, 40, 8)[:, :, own], v[:, :, own], dropout_p=0.5, is_causal=False
+    )
+    torch.manual_seed(100)
+    want = pk.perceiver_attention(q, torch.zeros(1, 1, 40, 8), v, dropout_p=0.5, is_causal=False)
+    return torch.allclose(out, want)
+
+
+OP_JOBS = (
+    op_equals_one_process,
+    every_backend_and_given_lengths,
+    repeats_bits,
+    bytes_sent,
+    refusals,
+    drawn_seed,
+)
+
+
+# Starting processes.
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
+def _join(rank: int, world: int, port: int, seconds: float) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=seconds))
+
+
+def _process(rank: int, world: int, port: int, jobs: tuple[Callable[[], Any], ...], folder: str) -> None:
+    _join(rank, world, port, 120)
+    results = {}
+    for job in jobs:
+        try:
+            results[job.__name__] = job()
+        except Exception:
+            results[job.__name__] = traceback.format_exc()
+            break  # the others wait in vain: their own errors follow
+    torch.save(results, Path(folder) / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """What every job returned on every rank of so many; the processes run once."""
+    done: dict[int, list[dict[str, Any]]] = {}
+
+    def of(world: int) -> list[dict[str, Any]]:
+        if world not in done:
+            folder = tmp_path_factory.mktemp(f"world{world}")
+            mp.spawn(_process, (world, _free_port(), JOBS, str(folder)), nprocs=world)
+            done[world] = [
+                torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)
+            ]
+        return done[world]
+
+    return of
+
+
+JOBS = OP_JOBS
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("job", ["op_equals_one_process", "every_backend_and_given_lengths"])
+def test_equals_one_process(results: Any, world: int, job: str) -> None:
+    assert [result[job] for result in results(world)] == [[]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("job", ["repeats_bits", "drawn_seed"])
+def test_all_ranks_alike(results: Any, world: int, job: str) -> None:
+    assert [result[job] for result in results(world)] == [True] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bytes_sent_follow_the_formula_whatever_n_is(results: Any, world: int) -> None:
+    rows, value_dim = 2 * 33, 24
+    block = math.ceil(rows / world)
+    merged = 2 * (world - 1) * block * (value_dim * 2 + 4)  # bfloat16 out, float32 lse
+    compared = (world - 1) * 20 * 8
+    summed = 2 * (world - 1) * math.ceil(rows * value_dim / world) * 2
+    want = ({"calls": 3, "bytes": merged + compared}, {"calls": 2, "bytes": summed})
+    for result in results(world):
+        assert result["bytes_sent"] == [want, want]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bad_calls_raise_on_every_rank(results: Any, world: int) -> None:
+    for rank, result in enumerate(results(world)):
+        said = result["refusals"]
+        first = (
+            "ValueError: value has 2 heads, but key has 1" if rank == 1
+            else "ValueError: rank 1 of the group refused its arguments"
+        )  # fmt: skip
+        wants = [
+            first,
+            "ValueError: query's length must be the same on every rank, got 3 on rank 0 and 2 on rank 1",
+            "ValueError: scale must be the same on every rank, got 0.5 on rank 0 and 1.5 on rank 1",
+            "ValueError: whether q_offset is None must be the same on every rank, "
+            "got True on rank 0 and False on rank 1",
+            "ValueError: whether a gradient is needed must be the same on every rank, "
+            "got True on rank 0 and False on rank 1",
+            f"ValueError: lengths must be one for each of the group's {world} ranks, got {world - 1}",
+            f"ValueError: lengths[{rank}] is 8, but this rank's key has 9 positions",
+            "ValueError: dropout_seed must be given where lengths are",
+            "TypeError: group must be a ProcessGroup that this rank is in, a DeviceMesh or None, got str",
+        ]
+        assert len(said) == len(wants)
+        for message, want in zip(said, wants, strict=True):
+            assert message.startswith(want)
+
+
+def test_without_a_process_group() -> None:
+    q = torch.randn(1, 1, 2, 8)
+    with pytest.raises(ValueError, match=r"group: torch\.distributed is not initialised"):
+        pk.context_parallel_attention(q, q, q)
+
+
+def _victim_or_survivor(rank: int, port: int, folder: str) -> None:
+    """Rank 2 first stalls, then dies between forward and backward; the others write down what they got."""
+    _join(rank, 3, port, 60)
+    impatient = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    q, k, v = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    said = []
+
+    def survive(action: Callable[[], Any]) -> None:
+        start = time.monotonic()
+        with pytest.raises(RuntimeError) as caught:
+            action()
+        said.append((str(caught.value), time.monotonic() - start))
+
+    if rank == 2:
+        time.sleep(5)
+    else:
+        survive(lambda: pk.context_parallel_attention(q, k, v, lengths=[9, 9, 9], group=impatient))
+    out = pk.context_parallel_attention(q, k, v)  # another group: not broken
+    if rank == 2:
+        os._exit(3)
+    survive(lambda: out.sum().backward())
+    torch.save(said, Path(folder) / f"{rank}.pt")
+    os._exit(0)  # not by way of a broken group
+
+
+def test_a_stalled_and_a_dead_rank_are_clear_errors(tmp_path: Path) -> None:
+    context, port = mp.get_context("spawn"), _free_port()
+    ranks = [context.Process(target=_victim_or_survivor, args=(r, port, str(tmp_path))) for r in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0, 3]
+    for rank in range(2):
+        (stalled, waited), (died, seconds) = torch.load(tmp_path / f"{rank}.pt")
+        assert stalled.startswith(
+            f"context parallel: merging the ranks' partial results failed on rank {rank} of 3"
+        )
+        assert 1 < waited < 10
+        assert died.startswith(f"context parallel: summing over the ranks failed on rank {rank} of 3")
+        assert seconds < 30  # half the group's timeout
+        assert "another rank has died" in died
+        assert "Cause: " in died

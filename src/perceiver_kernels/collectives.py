@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -120,7 +120,7 @@ def _explained(group: ProcessGroup, what: str) -> Iterator[None]:
 
 
 def compare(
-    group: ProcessGroup, device: torch.device, length: int, seed: int, facts: dict[str, int | float]
+    group: ProcessGroup, device: torch.device, length: int, seed: int, facts: Mapping[str, int | float]
 ) -> tuple[tuple[int, ...], int]:
     """Every rank's ``length``, and rank 0's ``seed``.
 

@@ -16,9 +16,10 @@ what DDP and FSDP do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ class Slices:
 
     group: ProcessGroup
     lengths: tuple[int, ...]
-    seed: int = 0  # the same on every rank, another in every step
+    seed: int | None = None  # the same on every rank, another one in every step
 
     def __post_init__(self) -> None:
         if len(self.lengths) != self.group.size():
@@ -166,6 +167,24 @@ class Slices:
             )
         if self.total > MAX_LENGTH:
             raise ValueError(f"the slices must have at most 2**32 - 1 positions in all, got {self.total}")
+
+    @classmethod
+    def share(
+        cls,
+        group: Group,
+        length: int,
+        device: torch.device,
+        is_random: bool,
+        facts: Mapping[str, int | float],
+    ) -> Slices:
+        """The slices of which this rank's has this ``length``; where random, with a seed of rank 0's.
+
+        Raises ``ValueError`` on every rank where the ``facts`` differ between ranks.
+        """
+        ranks = resolve_group(group)
+        seed = int(torch.randint(2**62, (), device="cpu")) if is_random else 0
+        lengths, seed = compare(ranks, device, length, seed, facts)
+        return cls(ranks, lengths, seed if is_random else None)
 
     @property
     def rank(self) -> int:
@@ -188,10 +207,48 @@ class Slices:
     def stop(self) -> int:
         return self.start + self.lengths[self.rank]
 
-    def map(self, length: Callable[[int], int], more: int = 0) -> Slices:
-        """Slices of other lengths, the last one ``more`` longer."""
-        first, last = self.lengths[:-1], self.lengths[-1]
-        return replace(self, lengths=(*map(length, first), length(last) + more))
+    def map(self, length: Callable[[int], int]) -> Slices:
+        """The slices after each has come to another length."""
+        return replace(self, lengths=tuple(map(length, self.lengths)))
+
+    def extended(self, more: int) -> Slices:
+        """The slices after the last rank has taken in ``more`` positions."""
+        return replace(self, lengths=(*self.lengths[:-1], self.lengths[-1] + more))
+
+    def first(self, total: int) -> Slices:
+        """What of the slices lies within the first ``total`` positions."""
+        ends = [min(end, total) for end in accumulate(self.lengths, initial=0)]
+        return replace(self, lengths=tuple(end - start for start, end in pairwise(ends)))
+
+    def positions(self, num_latents: int, device: torch.device) -> Tensor:
+        """Positions of this rank's part of the prefix and, after all parts, of the latents: int64."""
+        own = torch.arange(self.start, self.stop, device=device)
+        return torch.cat((own, torch.arange(self.total, self.total + num_latents, device=device)))
+
+    def last(self, count: int, *parts: Tensor) -> list[Tensor]:
+        """The last ``count`` columns of all the ranks' (B, length) parts, on every rank."""
+        missing = self.total - count - self.start  # columns of this rank's before them
+        wholes = []
+        for part in parts:
+            whole = part.new_zeros(part.shape[0], count)
+            own = part[:, max(missing, 0) :]
+            whole[:, max(-missing, 0) :][:, : own.shape[1]] = own
+            wholes.append(whole)
+        return sum_over_group(wholes, self.group)
+
+    def counted(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the ranks' ``own`` before this one's, and of all."""
+        counts = own.new_zeros(len(self.lengths), *own.shape)
+        counts[self.rank] = own
+        (counts,) = sum_over_group([counts], self.group)
+        return counts[: self.rank].sum(0), counts.sum(0)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """:func:`context_parallel_attention` over keys that lie in these slices."""
+        out: Tensor = context_parallel_attention(
+            query, key, value, group=self.group, lengths=self.lengths, dropout_seed=self.seed, **options
+        )
+        return out
 
     def part_of(self, spec: AttentionSpec) -> AttentionSpec:
         """This rank's part of a call over all positions; ``spec.key_mask`` is the slice's own already."""
@@ -200,10 +257,19 @@ class Slices:
 
     @contextmanager
     def randomness(self, device: torch.device, *, shared: bool) -> Iterator[None]:
-        """Draw inside alike on all ranks, or on each rank apart; torch's own generators stay untouched."""
+        """Random numbers drawn inside are the same on all ranks (``shared``), or each rank's own.
+
+        Torch's default generators stay as they are; so they do where there is no seed.
+        """
+        if self.seed is None:
+            yield
+            return
+        seed = self.seed if shared else self.seed + 1 + self.rank
         devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(self.seed if shared else self.seed + 1 + self.rank)
+        with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.get_device_module(device).manual_seed(seed)
             yield
 
 

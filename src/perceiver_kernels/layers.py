@@ -5,13 +5,18 @@ Every layer is pre-norm and returns the update only; the caller adds it to the r
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.attention import perceiver_attention
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
+
+if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
+    from perceiver_kernels.collectives import Group
+    from perceiver_kernels.distributed import Slices
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -164,6 +169,7 @@ class CrossAttention(nn.Module):
         rotary: Rotary,
         key_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        slices: Slices | None = None,
     ) -> Tensor:
         """Causal attention of the latents over the inputs, everything right-aligned.
 
@@ -177,21 +183,31 @@ class CrossAttention(nn.Module):
                 last position.
             key_mask: bool (B, N), True = may be attended.
             cache: where to keep keys and values between calls.
+            slices: context parallel: where each rank's part of the prefix lies. ``inputs``, ``rotary`` and
+                ``key_mask`` are then those of this rank's part and of the latents, which all ranks share.
 
         Returns:
             (B, M, dim).
         """
+        num_latents = latents.shape[1]
         if self.training and self.prefix_dropout > 0.0 and cache is None:
-            inputs, rotary, key_mask = self._drop_prefix(latents.shape[1], inputs, rotary, key_mask)
+            with nullcontext() if slices is None else slices.randomness(latents.device, shared=False):
+                inputs, rotary, key_mask = self._drop_prefix(num_latents, inputs, rotary, key_mask)
+            if slices is not None:
+                slices = slices.map(lambda prefix: prefix - int(prefix * self.prefix_dropout))
         queries = self.norm(latents)
-        context = queries if self.kv_norm is None else self.kv_norm(inputs)
-
         q = self._heads(self.q_proj(queries), self.num_heads, rotary)
+        if slices is not None and not slices.is_last:  # the latents' own keys are the last rank's
+            keys = inputs.shape[1] - num_latents
+            inputs, rotary = inputs[:, :keys], (rotary[0][..., :keys, :], rotary[1][..., :keys, :])
+            key_mask = None if key_mask is None else key_mask[:, :keys]
+        context = queries if self.kv_norm is None else self.kv_norm(inputs)
         k = self._heads(self.k_proj(context), self.num_kv_heads, rotary)
         v = self._heads(self.v_proj(context), self.num_kv_heads, None)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = perceiver_attention(
+        attention = perceiver_attention if slices is None else slices.extended(num_latents).attention
+        out = attention(
             q,
             k,
             v,
@@ -232,6 +248,7 @@ class CrossAttention(nn.Module):
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
         rotary: Rotary | None = None,
+        group: Group = None,
     ) -> Tensor:
         """Attend from the latents to prefix and latents.
 
@@ -242,6 +259,10 @@ class CrossAttention(nn.Module):
             positions: (N,) or (B, N), for the rotary embedding. None: 0 ... N - 1.
             rotary: cos and sin, each (N, R) or (B, N, R) with one value for each pair of channels, from any
                 formula; instead of ``positions``.
+            group: context parallel over these ranks (:mod:`perceiver_kernels.distributed`). ``prefix`` is
+                then this rank's part of it, None included; the latents are the same on every rank; key_mask,
+                positions and rotary are those of this rank's part and the latents. ``prefix_dropout`` leaves
+                out its share of each part.
 
         Returns:
             (B, M, dim), to be added to the latents.
@@ -256,12 +277,19 @@ class CrossAttention(nn.Module):
                 )
             inputs = torch.cat((prefix, latents), dim=1)
         batch, total = inputs.shape[:2]
+        slices = None if group is None else self._share(latents, inputs, group)
         if key_mask is not None and key_mask.shape != (batch, total):
             raise ValueError(
                 f"key_mask must be ({batch}, {total}), prefix and latents, got {tuple(key_mask.shape)}"
             )
         if rotary is None:
-            positions = torch.arange(total, device=inputs.device) if positions is None else positions
+            if positions is None:
+                device = inputs.device
+                positions = (
+                    torch.arange(total, device=device)
+                    if slices is None
+                    else slices.positions(latents.shape[1], device)
+                )
             rotary = self.rotary(positions, inputs.dtype)
         elif positions is not None:
             raise ValueError("give either positions or rotary, not both")
@@ -271,7 +299,20 @@ class CrossAttention(nn.Module):
                     f"rotary positions must be ({total},) or ({batch}, {total}), prefix and latents; "
                     f"{name} is {tuple(given.shape)}"
                 )
-        return self.attend(latents, inputs, rotary=rotary, key_mask=key_mask)
+        return self.attend(latents, inputs, rotary=rotary, key_mask=key_mask, slices=slices)
+
+    def _share(self, latents: Tensor, inputs: Tensor, group: Group) -> Slices:
+        from perceiver_kernels.distributed import Slices
+
+        facts = {
+            "latents' batch size": latents.shape[0],
+            "latents' length": latents.shape[1],
+            "training": self.training,
+            "whether a gradient is needed": torch.is_grad_enabled()
+            and any(t.requires_grad for t in (latents, inputs, *self.parameters())),
+        }
+        prefix = inputs.shape[1] - latents.shape[1]
+        return Slices.share(group, prefix, latents.device, self.training, facts)
 
 
 class SelfAttention(CrossAttention):

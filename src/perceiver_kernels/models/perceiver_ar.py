@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -28,6 +28,10 @@ from perceiver_kernels.rotary import (
     right_aligned_positions,
     rotary_cos_sin,
 )
+
+if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
+    from perceiver_kernels.collectives import Group
+    from perceiver_kernels.distributed import Slices
 
 PositionKind = Literal["sinusoidal", "learned", "none"]
 METADATA_KEY = "perceiver_kernels.PerceiverARConfig"
@@ -192,7 +196,12 @@ class PerceiverAR(nn.Module):
             self.position_embedding.weight.copy_(self._sinusoids(torch.arange(self.config.max_seq_len)))
 
     def forward(
-        self, tokens: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        num_latents: int | None = None,
+        pad_mask: Tensor | None = None,
+        *,
+        group: Group = None,
     ) -> Tensor:
         """Logits of the token that follows each of the last positions.
 
@@ -208,19 +217,32 @@ class PerceiverAR(nn.Module):
                 tokens only, so a left-padded example gives the logits of the unpadded one (up to its own
                 number of tokens). The latents are always the last M *columns*: with padding on the right, an
                 example's last columns are padding, whose logits mean nothing (leave them out of the loss),
-                and its real logits are those of its real columns among the last M. Pad on the left where
                 every example's last tokens matter.
+            group: context parallel over these ranks (:mod:`perceiver_kernels.distributed`): ``tokens`` and
+                ``pad_mask`` are then this rank's slice of the N positions, in the order of the ranks and of
+                any length, none included. Every rank gets the last M tokens, computes all layers of the
+                latents, and returns the same logits; the keys alone are shared out. Average the gradients
+                over the group as DDP and FSDP do. In training all ranks draw the same dropout for the latents
+                (from rank 0's torch generator) and each its own for its slice.
 
         Returns:
             (B, M, vocab_size).
         """
-        total = self._check(tokens, pad_mask)
+        self._check(tokens, pad_mask)
+        slices = None if group is None else self._share(tokens, num_latents, pad_mask, group)
+        total = tokens.shape[1] if slices is None else slices.total
+        if not 1 <= total <= self.config.max_seq_len:
+            raise ValueError(
+                f"tokens must have from 1 to max_seq_len {self.config.max_seq_len} positions, got {total}"
+            )
         if num_latents is None:
             num_latents = min(self.config.num_latents, total)
         if not 1 <= num_latents <= total:
             raise ValueError(
                 f"num_latents must be from 1 to the {total} positions of the input, got {num_latents}"
             )
+        if slices is not None:
+            return self._forward_slice(tokens, num_latents, pad_mask, slices)
         positions = right_aligned_positions(total, total, device=tokens.device)
         key_mask = None
         if pad_mask is not None:
@@ -246,16 +268,19 @@ class PerceiverAR(nn.Module):
         positions: Tensor,
         key_mask: Tensor | None = None,
         caches: Sequence[KVCache | None] | None = None,
+        slices: Slices | None = None,
     ) -> Tensor:
         """All layers up to the last norm: inputs (B, n, dim) into latents (B, M, dim).
 
         ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the
         inputs. ``caches`` holds one :class:`KVCache` for the cross-attention and one for each layer:
-        generation's way in.
+        generation's way in. ``slices`` is that of :meth:`CrossAttention.attend`.
         """
         cross_cache, *block_caches = [None] * (1 + len(self.blocks)) if caches is None else caches
         rotary = self.cross.attention.rotary(positions, latents.dtype)
-        latents = self.cross(latents, inputs, rotary=rotary, key_mask=key_mask, cache=cross_cache)
+        latents = self.cross(
+            latents, inputs, rotary=rotary, key_mask=key_mask, cache=cross_cache, slices=slices
+        )
         rotary = _last(rotary, latents.shape[1])
         for block, cache in zip(self.blocks, block_caches, strict=True):
             stored = 0 if cache is None else cache.length
@@ -300,17 +325,49 @@ class PerceiverAR(nn.Module):
         model.load_state_dict(state, assign=True)
         return model
 
-    def _check(self, tokens: Tensor, pad_mask: Tensor | None) -> int:
-        """Refuse what is not a batch of tokens; returns N."""
+    def _share(
+        self, tokens: Tensor, num_latents: int | None, pad_mask: Tensor | None, group: Group
+    ) -> Slices:
+        from perceiver_kernels.distributed import Slices
+
+        facts = {
+            "tokens' batch size": tokens.shape[0],
+            "num_latents (-1: None)": -1 if num_latents is None else num_latents,
+            "whether pad_mask is given": pad_mask is not None,
+            "training": self.training,
+            "whether a gradient is needed": torch.is_grad_enabled()
+            and any(parameter.requires_grad for parameter in self.parameters()),
+        }
+        return Slices.share(group, tokens.shape[1], tokens.device, self.training, facts)
+
+    def _forward_slice(
+        self, tokens: Tensor, num_latents: int, pad_mask: Tensor | None, slices: Slices
+    ) -> Tensor:
+        """:meth:`forward` of the rank that holds this slice of the tokens."""
+        prefix, device = slices.first(slices.total - num_latents), tokens.device
+        own = prefix.lengths[prefix.rank]
+        if pad_mask is None:
+            (last,) = slices.last(num_latents, tokens)
+            positions, key_mask = prefix.positions(num_latents, device), None
+        else:
+            last, last_padded = slices.last(num_latents, tokens, pad_mask.long())
+            key_mask = ~torch.cat((pad_mask[:, :own], last_padded.bool()), dim=1)
+            before, all_before = prefix.counted(key_mask[:, :own].sum(1, keepdim=True))
+            counts = key_mask[:, :own].cumsum(1) + before, key_mask[:, own:].cumsum(1) + all_before
+            positions = (torch.cat(counts, dim=1) - 1).clamp(min=0)
+        with prefix.randomness(device, shared=False):
+            inputs = self.embed(tokens[:, :own], positions[..., :own])
+        with prefix.randomness(device, shared=True):
+            latents = self.embed(last, positions[..., own:])
+            inputs = torch.cat((inputs, latents), dim=1)
+            return self.logits(self.read(latents, inputs, positions, key_mask, slices=prefix))
+
+    def _check(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
+        """Refuse what is not a batch of tokens."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
-        total = tokens.shape[1]
-        if not 1 <= total <= self.config.max_seq_len:
-            raise ValueError(
-                f"tokens must have from 1 to max_seq_len {self.config.max_seq_len} positions, got {total}"
-            )
         if pad_mask is not None:
             if pad_mask.dtype != torch.bool:
                 raise TypeError(f"pad_mask must be bool, got {pad_mask.dtype}")
@@ -318,7 +375,6 @@ class PerceiverAR(nn.Module):
                 raise ValueError(
                     f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}"
                 )
-        return total
 
     def _sinusoids(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Positions (...) to (..., dim): sines, then cosines (Vaswani et al. 2017), at least float32."""

@@ -32,6 +32,7 @@ $(VENV)/.tools: constraints.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
 	PERCEIVER_KERNELS_BUILD=require PERCEIVER_KERNELS_EMULATED_SET=1 \
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps --ignore-requires-python perceiver-io  # says < 3.11
 	@touch $@
 
 build: $(VENV)/.built

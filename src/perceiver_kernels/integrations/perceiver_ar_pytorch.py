@@ -15,18 +15,15 @@ stays the same: logits and gradients up to rounding, prefix masks, prefixes and 
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from perceiver_ar_pytorch.perceiver_ar_pytorch import CausalAttention, CausalPrefixAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_kernels.attention import perceiver_attention
+from perceiver_kernels.integrations._classes import Model, replace_classes
 from perceiver_kernels.layers import gather_rows, kept_indices
 from perceiver_kernels.rotary import apply_rotary
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class FusedCausalAttention(CausalAttention):  # type: ignore[misc]
@@ -128,20 +125,9 @@ def swap(model: Model) -> Model:
     Raises:
         ValueError: if there is no attention of that package inside.
     """
-    return _replace_classes(model, _FUSED)
+    return replace_classes(model, _FUSED)
 
 
 def unswap(model: Model) -> Model:
     """Give the attention modules their original ``forward`` back, in place."""
-    return _replace_classes(model, {fused: original for original, fused in _FUSED.items()})
-
-
-def _replace_classes(model: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Model:
-    # Exact types only: a user's subclass has a forward of its own, which a swap would silently discard.
-    found = [module for module in model.modules() if type(module) in classes]
-    if not found:
-        names = ", ".join(cls.__name__ for cls in classes)
-        raise ValueError(f"{type(model).__name__} holds none of {names}: nothing to swap")
-    for module in found:
-        module.__class__ = classes[type(module)]
-    return model
+    return replace_classes(model, {fused: original for original, fused in _FUSED.items()})

@@ -41,10 +41,13 @@ struct Tile {
     return row * kRowBytes + (chunk ^ permutation) * 16;
   }
 
-  // From the address of chunk 0 or 1 of a row to that of the chunk 2 * pairs further on.
-  __device__ static uint32_t advance(uint32_t address, int pairs) {
-    return (address ^ (pairs * 2 % kSpan * 16)) + pairs * 2 / kSpan * kSpan * 16;
+  // From the address of chunk 0 of a row to that of another.
+  __device__ static uint32_t chunk(uint32_t address, int number) {
+    return (address ^ (number % kSpan * 16)) + number / kSpan * kSpan * 16;
   }
+
+  // From the address of chunk 0 or 1 of a row to that of the chunk 2 * pairs further on.
+  __device__ static uint32_t advance(uint32_t address, int pairs) { return chunk(address, 2 * pairs); }
 };
 
 // This thread's share in copying kRows rows at a time: kSpan threads share a row.

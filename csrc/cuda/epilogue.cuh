@@ -76,7 +76,7 @@ __device__ __forceinline__ void store_pair(Element* target, float low, float hig
 // Writes the channels of the accumulators, tiles of eight from first_tile on, and, by the warps that own it,
 // lse.
 template <class Out, int kRowTiles, int kTiles>
-__device__ __forceinline__ void store_rows(const ForwardArguments& arguments, const Work& work,
+__device__ __forceinline__ void store_rows(const ForwardArguments& arguments, const Example& work, int split,
                                            const OnlineSoftmax<kRowTiles>& softmax,
                                            const Accumulator (&sums)[kRowTiles][kTiles], int row,
                                            int first_tile, bool owns_lse) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_rows(const ForwardArguments& arguments, co
       const float sum = softmax.sum[m][h];
       const bool is_dead = sum == 0.0f;
       const float factor = is_dead ? 0.0f : arguments.keep_factor / sum;
-      Out* out = static_cast<Out*>(arguments.out.data) + work.split * arguments.out_split_stride +
+      Out* out = static_cast<Out*>(arguments.out.data) + split * arguments.out_split_stride +
                  work.batch * arguments.out.batch_stride + head * arguments.out.head_stride +
                  query * arguments.out.row_stride;
 #pragma unroll
@@ -103,7 +103,7 @@ __device__ __forceinline__ void store_rows(const ForwardArguments& arguments, co
         }
       }
       if (owns_lse && lane % 4 == 0) {
-        float* lse = static_cast<float*>(arguments.lse.data) + work.split * arguments.lse_split_stride +
+        float* lse = static_cast<float*>(arguments.lse.data) + split * arguments.lse_split_stride +
                      work.batch * arguments.lse.batch_stride + head * arguments.lse.head_stride +
                      query * arguments.lse.row_stride;
         *lse = is_dead ? -INFINITY : (softmax.maximum[m][h] + __log2f(sum)) * kLn2;

@@ -36,10 +36,6 @@ struct ForwardTile {
                 "whole tiles");
 };
 
-__device__ __forceinline__ const uint16_t* head_rows(const View& view, int batch, int head) {
-  return static_cast<const uint16_t*>(view.data) + batch * view.batch_stride + head * view.head_stride;
-}
-
 // kHasScore: softcap or dropout. Dynamic shared memory: Shape::kSharedBytes; grid: row blocks x batch x
 // kv_heads, splits.
 template <class Shape, bool kHasScore>
@@ -49,24 +45,26 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
   constexpr int kRowTiles = Shape::kRowTiles, kKeyTiles = Shape::kKeyTiles;
   extern __shared__ __align__(128) unsigned char shared[];
 
-  const Work work = find_work(arguments, Shape::kBlockM);
-  const int group = arguments.group, rows = work.queries * group;
-  if (work.first_row >= rows) return;
+  const int group = arguments.group;
+  const int row_blocks = (arguments.queries * group + Shape::kBlockM - 1) / Shape::kBlockM;
+  const Example work = find_example(arguments, blockIdx.x / row_blocks);
+  const int first_row = blockIdx.x % row_blocks * Shape::kBlockM, rows = work.queries * group;
+  if (first_row >= rows) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / Shape::kKeyWarps * kRowTiles * 16;  // within the block's rows
   const int warp_key = warp % Shape::kKeyWarps * kKeyTiles * 8;   // within each key block
   const int thread_key = warp_key + lane % 4 * 2;                 // this thread's first key and row
-  const int row = work.first_row + warp_row + lane / 4;
+  const int row = first_row + warp_row + lane / 4;
   const uint32_t query_tile = shared_address(shared);
   const uint32_t key_tiles = query_tile + Shape::kQueryBytes;
   const uint32_t value_tiles = key_tiles + kStages * Shape::kKeyBytes;
 
   // Blocks of keys: this split's that some row of this block sees; those that all of its rows see whole.
-  const int last_row = min(work.first_row + Shape::kBlockM, rows) - 1;
+  const int last_row = min(first_row + Shape::kBlockM, rows) - 1;
   const int seen = visible_keys(work.q_offset, last_row / group, work.keys);
-  const int seen_by_all = visible_keys(work.q_offset, work.first_row / group, work.keys);
+  const int seen_by_all = visible_keys(work.q_offset, first_row / group, work.keys);
   const int split_blocks = ((work.keys + kBlockN - 1) / kBlockN + gridDim.y - 1) / gridDim.y;
-  const int start = work.split * split_blocks;
+  const int split = blockIdx.y, start = split * split_blocks;
   const int stop = min(start + split_blocks, (seen + kBlockN - 1) / kBlockN);
   // Whatever the loop without masks copies ahead is whole too.
   const bool has_mask = arguments.key_mask != nullptr;
@@ -76,12 +74,11 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
   const Copier<kDim, Shape::kBlockM, Shape::kThreads> query_copier;
   const Copier<kDim, kBlockN, Shape::kThreads> copier;
   const int64_t copied_row = work.first_key + static_cast<int64_t>(start) * kBlockN + copier.row;
-  const uint16_t* next_key = head_rows(arguments.key, work.batch, work.kv_head) +
-                             copied_row * arguments.key.row_stride + copier.column;
-  const uint16_t* next_value = head_rows(arguments.value, work.batch, work.kv_head) +
-                               copied_row * arguments.value.row_stride + copier.column;
-  const uint8_t* key_mask =
-      has_mask ? arguments.key_mask + work.batch * arguments.key_mask_batch_stride + work.first_key : nullptr;
+  const uint16_t* next_key =
+      at<uint16_t>(arguments.key, work.batch, work.kv_head, copied_row) + copier.column;
+  const uint16_t* next_value =
+      at<uint16_t>(arguments.value, work.batch, work.kv_head, copied_row) + copier.column;
+  const uint8_t* key_mask = find_key_mask(arguments, work);
 
   // Tiles are copied in order, each into the slot that its predecessor kStages blocks ago has left.
   auto copy_ahead = [&](int block, uint32_t tiles, const uint16_t*& next, const View& view, int dim,
@@ -101,15 +98,14 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
     copy_ahead(block, value_tiles, next_value, arguments.value, arguments.value_dim, is_masked);
   };
 
-  const uint16_t* queries = head_rows(arguments.query, work.batch, work.kv_head * group) +
-                            work.first_query * arguments.query.row_stride + query_copier.column;
 #pragma unroll
   for (int step = 0; step < query_copier.kSteps; ++step) {
-    int r = work.first_row + query_copier.row + step * query_copier.kRowStep;
-    query_copier.copy_row(
-        query_tile, step,
-        queries + r % group * arguments.query.head_stride + r / group * arguments.query.row_stride,
-        arguments.dim, r < rows);
+    int r = first_row + query_copier.row + step * query_copier.kRowStep;
+    query_copier.copy_row(query_tile, step,
+                          at<uint16_t>(arguments.query, work.batch, work.kv_head * group + r % group,
+                                       work.first_query + r / group) +
+                              query_copier.column,
+                          arguments.dim, r < rows);
   }
   commit_copies();
 #pragma unroll
@@ -122,7 +118,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
     wait_for_copies<2 * kStages - 1>();
     query_copier.flip_signs(query_tile, arguments.query_sign);
   }
-  QueryFragments<kDim, kRowTiles, Shape::kQueryInRegisters> query;
+  LeftOperand<kDim, kRowTiles, Shape::kQueryInRegisters> query;
   wait_for_copies<2 * kStages - 1>();
   query.load_all(query_tile + warp_row * Tile<kDim>::kRowBytes + lane_offset<kDim>(lane));
 
@@ -175,9 +171,9 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_forward(const Forwa
   const bool has_parts = gridDim.y > 1;
   auto store = [&](const auto& results, int first_tile, bool owns_lse) {
     if (has_parts) {
-      store_rows<float>(arguments, work, softmax, results, row, first_tile, owns_lse);
+      store_rows<float>(arguments, work, split, softmax, results, row, first_tile, owns_lse);
     } else {
-      store_rows<Element>(arguments, work, softmax, results, row, first_tile, owns_lse);
+      store_rows<Element>(arguments, work, split, softmax, results, row, first_tile, owns_lse);
     }
   };
   if constexpr (Shape::kKeyWarps == 1) {

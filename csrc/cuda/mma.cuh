@@ -58,6 +58,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+template <class Element>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+  } else {
+    return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
+  }
+}
+
 // Where a lane's row of the first 16 x 16 block of a tile lies, for load_fragment of ...
 // ... a left operand, or transposed of a right operand whose rows are summed over.
 template <int kDim>
@@ -131,7 +140,7 @@ __device__ __forceinline__ void add_weighted(Accumulator (&sums)[kRowTiles][kDim
 
 // Left operands that stay in registers, and those that are loaded whenever they are needed.
 template <int kDim, int kRowTiles, bool kInRegisters>
-struct QueryFragments {
+struct LeftOperand {
   uint32_t address;
 
   __device__ void load_all(uint32_t at) { address = at; }
@@ -141,7 +150,7 @@ struct QueryFragments {
 };
 
 template <int kDim, int kRowTiles>
-struct QueryFragments<kDim, kRowTiles, true> {
+struct LeftOperand<kDim, kRowTiles, true> {
   Fragment fragments[kRowTiles][kDim / 16];
 
   __device__ void load_all(uint32_t at) {

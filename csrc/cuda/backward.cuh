@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
     copy_rows(first);
     if (!__syncthreads_and(all_there)) full = row_tiles;
     full = min(full, row_tiles);
-    wait_for_copies<0>();
+    if constexpr (Shape::kHeld) wait_for_copies<0>();
     LeftOperand<kDim, kKeyTiles, Shape::kHeld> left[3 - Shape::kRoles];
     const uint32_t my_keys = warp_key * Tile<kDim>::kRowBytes + my_rows;
     left[0].load_all((does_values ? keys : values) + my_keys);

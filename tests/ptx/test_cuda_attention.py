@@ -6,12 +6,9 @@ import functools
 import math
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,20 +18,21 @@ from perceiver_kernels.spec import empty_outputs
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
-from ptx.findings import Report
-from ptx.machine import Empty, launch
-from ptx.mutate import Mutant, mutants, score
-from ptx.nvcc_ptx import NVCC, compile_cuda
+from ptx.cuda_kernels import (
+    CSRC,
+    Launch,
+    element_type,
+    entries,
+    harmless,
+    poison_unseen,
+    price_entry,
+    problem_sizes,
+    strides,
+    view,
+)
+from ptx.machine import Empty
+from ptx.mutate import mutants, score
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.sass import price  # noqa: E402
-
-if NVCC is None:
-    pytest.skip("nvcc is not installed", allow_module_level=True)
-
-CSRC = ROOT / "csrc"
 SOURCE = CSRC / "cuda" / "forward.cu"
 BF16, F16 = torch.bfloat16, torch.float16
 
@@ -62,26 +60,14 @@ class Kernel:
 
 
 def parse_name(name: str) -> Kernel:
-    element, numbers = re.findall(r"ForwardTileI(6__half|13__nv_bfloat16)(\w+)$", name)[0]
-    dim, rows, keys, row_warps, key_warps, stages, _, has_score = map(
-        int, re.findall(r"L[ib](\d+)E", numbers)
-    )
-    dtype = F16 if "half" in element else BF16
-    return Kernel(name, dtype, dim, rows, keys, row_warps * key_warps, stages, bool(has_score))
-
-
-@functools.cache
-def entries() -> dict[str, str]:
-    """Each kernel by itself, as a module."""
-    module = compile_cuda(SOURCE, f"-I{CSRC}")
-    head, *bodies = re.split(r"(?=^\.visible \.entry )", module, flags=re.MULTILINE)
-    names = [re.match(r"\.visible \.entry (\w+)", body)[1] for body in bodies]  # type: ignore[index]
-    return {name: head + body for name, body in zip(names, bodies, strict=True)}
+    numbers = map(int, re.findall(r"L[ib](\d+)E", name))
+    dim, rows, keys, row_warps, key_warps, stages, _, has_score = numbers
+    return Kernel(name, element_type(name), dim, rows, keys, row_warps * key_warps, stages, bool(has_score))
 
 
 @functools.cache
 def forward_kernels() -> list[Kernel]:
-    return [parse_name(name) for name in entries() if "attention_forward" in name]
+    return [parse_name(name) for name in entries(SOURCE) if "attention_forward" in name]
 
 
 def forward_kernel(dtype: torch.dtype, dim: int, rows: int, has_score: bool) -> Kernel:
@@ -98,45 +84,10 @@ def forward_kernel(dtype: torch.dtype, dim: int, rows: int, has_score: bool) -> 
     return min(serving, key=lambda kernel: kernel.dim)
 
 
-@dataclass(frozen=True)
-class Launch:
-    name: str
-    grid: tuple[int, int]
-    threads: int
-    shared: int
-    arguments: tuple[Any, ...]  # the struct's fields
-    written: tuple[Tensor, ...]
-
-    def run(self, ptx: str | None = None) -> Report:
-        """On the machine; what is to be written counts as unwritten before."""
-        for tensor in self.written:
-            tensor.untyped_storage().fill_(0xFF)  # NaN
-        return launch(
-            ptx or entries()[self.name],
-            self.name,
-            self.grid,
-            self.threads,
-            [self.arguments],
-            shared=self.shared,
-        )
-
-
-def view(tensor: Any, strides: tuple[int, ...]) -> tuple[Any, bytes]:
-    return tensor, struct.pack("<3q", *strides)
-
-
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of example, head and row."""
-    return (0, tensor.stride(1), tensor.stride(0)) if tensor.dim() == 3 else tensor.stride()[:3]
-
-
 def launches(inputs: Inputs, out: Tensor, lse: Tensor, splits: int) -> Iterator[Launch]:
     query, key, value, spec = inputs.query, inputs.key, inputs.value, inputs.spec()
     heads, kv_heads, D, Dv = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
-    batch, queries, keys = len(query), query.shape[-2], key.shape[-2]
-    if spec.cu_seqlens_q is not None and spec.cu_seqlens_k is not None:
-        batch = len(spec.cu_seqlens_q) - 1
-        queries, keys = int(spec.cu_seqlens_q.diff().max()), int(spec.cu_seqlens_k.diff().max())
+    batch, queries, keys = problem_sizes(inputs)
     group = heads // kv_heads
     kernel = forward_kernel(query.dtype, max(D, Dv), queries * group, spec.softcap > 0 or spec.dropout_p > 0)
     parts = torch.empty((splits, *lse.shape, Dv), dtype=torch.float32)
@@ -166,17 +117,21 @@ def launches(inputs: Inputs, out: Tensor, lse: Tensor, splits: int) -> Iterator[
     )  # fmt: skip
     blocks = -(-queries * group // kernel.block_m) * batch * kv_heads
     yield Launch(
-        kernel.name, (blocks, splits), kernel.threads, kernel.shared_bytes, arguments, (into, into_lse)
+        SOURCE,
+        kernel.name,
+        (blocks, splits),
+        kernel.threads,
+        kernel.shared_bytes,
+        arguments,
+        (into, into_lse),
     )
     if splits > 1:
-        name = next(
-            name for name in entries() if "combine" in name and ("half" in name) == (out.dtype == F16)
-        )
+        name = next(name for name in entries(SOURCE) if "combine" in name and element_type(name) == out.dtype)
         merged = (
             parts, part_lses, *view(Empty(out), strides(out)), Empty(lse), struct.pack("<q", lse.numel()),
             struct.pack("<4i", heads, lse.shape[-1], Dv, splits),
         )  # fmt: skip
-        yield Launch(name, (-(-lse.numel() // 4), 1), 128, 0, merged, (out, lse))
+        yield Launch(SOURCE, name, (-(-lse.numel() // 4), 1), 128, 0, merged, (out, lse))
 
 
 CASES: list[tuple[torch.dtype, int, Case]] = [  # and into how many splits
@@ -222,23 +177,6 @@ def test_forward(dtype: torch.dtype, splits: int, case: Case) -> None:
         assert error <= limit, f"{name}: error {error:.2e}, budget {limit:.2e}"
 
 
-def poison_unseen(inputs: Inputs) -> None:
-    """NaN in the keys and values that the mask hides or no query reaches."""
-    spec = inputs.spec()
-    if spec.is_packed:
-        hidden = torch.zeros(1, 0) if spec.key_mask is None else ~spec.key_mask
-        for tensor in (inputs.key, inputs.value):
-            tensor.transpose(0, 1)[:, hidden.reshape(-1).nonzero().flatten()] = torch.nan
-        return
-    batch, queries, keys = len(inputs.query), inputs.query.shape[2], inputs.key.shape[2]
-    offsets = spec.q_offsets if spec.q_offsets is not None else torch.full((batch,), spec.q_offset)
-    hidden = torch.zeros(batch, keys, dtype=torch.bool) if spec.key_mask is None else ~spec.key_mask
-    if spec.is_causal:
-        hidden = hidden | (torch.arange(keys) > offsets[:, None] + queries - 1)
-    for tensor in (inputs.key, inputs.value):
-        tensor.masked_fill_(hidden[:, None, :, None], torch.nan)
-
-
 TILES = [(dim, rows, has_score) for dim in (32, 64, 96, 128, 192, 256) for rows, has_score in
          ((20, False), (20, True), (3, True))]  # fmt: skip
 
@@ -253,16 +191,6 @@ def test_the_instantiations_are_those() -> None:
     """And no other is compiled."""
     wanted = {forward_kernel(dtype, *tile) for dtype in (BF16, F16) for tile in TILES}
     assert wanted == set(forward_kernels())
-
-
-def harmless(mutant: Mutant, ptx: str) -> bool:
-    """Mutants that are correct kernels still, as a look at the code shows."""
-    if mutant.kind == "delete a commit":  # its copies join a group that every wait includes anyway
-        rest = ptx.split("\n")[mutant.line :]
-        control = r"^\s*(cp\.async\.commit|cp\.async\.wait|bar\.sync|bra|@\S+ bra)"
-        after = re.search(control, "\n".join(rest), re.MULTILINE)
-        return after is not None and after[1] == "cp.async.commit"
-    return False
 
 
 # With this scale maxima rise again and again by more than the slack.
@@ -285,7 +213,7 @@ def test_every_mutant_is_caught(case: Case) -> None:
             for got, before in zip(forward.written, want, strict=True)
         )
 
-    ptx = entries()[forward.name]
+    ptx = entries(SOURCE)[forward.name]
     assert right(ptx)
     chosen = [one for one in mutants(ptx, forward.name, 5, report.executed) if not harmless(one, ptx)]
     result = score(chosen, right)
@@ -302,10 +230,7 @@ FLOORS = {32: 0.5, 64: 0.75, 96: 0.78, 128: 0.82, 192: 0.7, 256: 0.65}
 def test_price(dim: int, tmp_path: Path) -> None:
     """The loop without masks: nothing spilled, the tensor cores as busy as they were."""
     kernel = forward_kernel(BF16, dim, rows=128, has_score=False)
-    source, binary = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
-    source.write_text(entries()[kernel.name])
-    subprocess.run(["ptxas", "-arch=sm_80", "-O3", "-o", str(binary), str(source)], check=True)
-    report = price(binary, threads=kernel.threads, shared=kernel.shared_bytes)
+    report = price_entry(SOURCE, kernel.name, kernel.threads, kernel.shared_bytes, tmp_path)
     loop = report.loops[0]
     assert loop.mix.get("spill", 0) == 0
     assert report.warps_per_sm >= 8

@@ -36,7 +36,7 @@ struct BackwardArguments {
   float scale;     // of dq and dk
   float softcap, capped_scale;
 
-  const int64_t* dropout_seed;  // null: no dropout
+  const int64_t* dropout_seed;  // the seed and what key 0 is called in the counter; null: no dropout
   uint32_t dropout_threshold;
   float keep_factor;  // 1 / (1 - dropout_p)
 

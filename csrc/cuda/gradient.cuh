@@ -90,13 +90,15 @@ struct Step {
   __device__ __forceinline__ uint32_t find_dropped() const {
     static_assert(kKeyTiles * kRowTiles <= 8, "a bit for each");
     const int group = arguments.group;
+    const int64_t seed = arguments.dropout_seed[0];
+    const uint32_t first_key = static_cast<uint32_t>(arguments.dropout_seed[1]);
     uint32_t dropped = 0;
 #pragma unroll 1  // ten rounds each: a loop of its own keeps the code short
     for (int i = 0; i < kKeyTiles * kRowTiles * 4; ++i) {
       const int r = row + i / 4 / kKeyTiles * 8 + i % 2;
       const int j = key + i / 4 % kKeyTiles * 16 + i % 4 / 2 * 8;
       const uint32_t word =
-          philox(*arguments.dropout_seed, example.batch, example.kv_head * group + r % group, r / group, j);
+          philox(seed, example.batch, example.kv_head * group + r % group, r / group, first_key + j);
       dropped |= static_cast<uint32_t>(word < arguments.dropout_threshold) << i;
     }
     return dropped;

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from perceiver_kernels.distributed import context_parallel_attention
     from perceiver_kernels.layers import CrossAttention
     from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
+    from perceiver_kernels.streaming import Recomputed
 
 __all__ = [
     "CrossAttention",
     "PerceiverAR",
     "PerceiverARConfig",
+    "Recomputed",
     "__version__",
     "available_backends",
     "context_parallel_attention",
@@ -38,6 +40,7 @@ _LAZY = {
     "CrossAttention": "perceiver_kernels.layers",
     "PerceiverAR": "perceiver_kernels.models",
     "PerceiverARConfig": "perceiver_kernels.models",
+    "Recomputed": "perceiver_kernels.streaming",
     "context_parallel_attention": "perceiver_kernels.distributed",
 }
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.attention import perceiver_attention
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
+from perceiver_kernels.streaming import (
+    CHUNK_SIZE,
+    Array,
+    KeyStream,
+    Recomputed,
+    Rows,
+    Source,
+    stream_call,
+    streamed_attention,
+)
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
     from perceiver_kernels.collectives import Group
@@ -68,6 +79,13 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
     return torch.unflatten(x.flatten(0, 1).index_select(0, flat.flatten()), 0, indices.shape)
 
 
+def _rows_at(table: Tensor, places: Tensor) -> Tensor:
+    """Rows of a table (N, R) or (B, N, R) at places (n,), the same for every example, or (B, n)."""
+    if table.dim() == 2:
+        return table[places]
+    return gather_rows(table, places) if places.dim() == 2 else table[:, places]
+
+
 class CrossAttention(nn.Module):
     """Causal cross-attention from prefix and latents onto the latents (Perceiver AR, arXiv 2202.07765).
 
@@ -90,6 +108,11 @@ class CrossAttention(nn.Module):
         prefix_dropout: share of the prefix left out in training. Each example keeps exactly
             ``P - int(P * prefix_dropout)`` random prefix positions, gathered before norm and projection: the
             layer's cost falls with what is dropped.
+        streamed: whether forward and backward walk the inputs in chunks, so that no keys, values or
+            normalised inputs of length N exist, see :mod:`perceiver_kernels.streaming`. The prefix may then
+            also be a numpy array (one mapped from a file, for example), a tensor on another device, or
+            :class:`perceiver_kernels.Recomputed`. Same parameters, same results up to rounding.
+        chunk_size: positions of each example at a time, where streamed.
 
     Raises:
         ValueError: for sizes below 1, heads that do not divide, shares outside their range.
@@ -111,6 +134,8 @@ class CrossAttention(nn.Module):
         softcap: float | None = None,
         dropout: float = 0.0,
         prefix_dropout: float = 0.0,
+        streamed: bool = False,
+        chunk_size: int = CHUNK_SIZE,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -125,6 +150,7 @@ class CrossAttention(nn.Module):
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
             "value_dim": value_dim,
+            "chunk_size": chunk_size,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -144,6 +170,7 @@ class CrossAttention(nn.Module):
         self.rotary_layout, self.rotary_base = rotary_layout, rotary_base
         self.scale, self.softcap, self.backend = scale, softcap, backend
         self.dropout, self.prefix_dropout = dropout, prefix_dropout
+        self.streamed, self.chunk_size = streamed, chunk_size
 
         self.norm = nn.LayerNorm(dim)
         self.kv_norm: nn.Module | None = nn.LayerNorm(dim)
@@ -164,9 +191,10 @@ class CrossAttention(nn.Module):
     def attend(
         self,
         latents: Tensor,
-        inputs: Tensor,
+        inputs: Tensor | Source,
         *,
-        rotary: Rotary,
+        positions: Tensor | None = None,
+        rotary: Rotary | None = None,
         key_mask: Tensor | None = None,
         cache: KVCache | None = None,
         slices: Slices | None = None,
@@ -177,10 +205,11 @@ class CrossAttention(nn.Module):
 
         Args:
             latents: (B, M, dim), the queries.
-            inputs: (B, n, dim), the keys and values. With ``cache`` they are appended to it, and the N keys
-                are all that the cache then holds; without, N = n.
-            rotary: cos and sin, (L, R) or (B, L, R) with L at least M and n: the last rows belong to the
-                last position.
+            inputs: (B, n, dim), the keys and values, latents included. With ``cache`` they are appended to
+                it, and the N keys are all that the cache then holds; without, N = n. Or a source of what
+                stands *before* the latents, N - M inputs, which is streamed.
+            positions: (L,) or (B, L) with L at least M and n: the last belongs to the last key.
+            rotary: cos and sin, (L, R) or (B, L, R), instead of ``positions``.
             key_mask: bool (B, N), True = may be attended.
             cache: where to keep keys and values between calls.
             slices: context parallel: where each rank's part of the prefix lies. ``inputs``, ``rotary`` and
@@ -189,7 +218,15 @@ class CrossAttention(nn.Module):
         Returns:
             (B, M, dim).
         """
+        if not isinstance(inputs, Tensor):
+            if slices is not None:
+                raise ValueError("group: a streamed layer doesn't take part in context parallel")
+            streamed: Tensor = self._attend_streamed(latents, inputs, positions, rotary, key_mask)
+            return streamed
         num_latents = latents.shape[1]
+        if rotary is None:
+            assert positions is not None
+            rotary = self.rotary(positions, latents.dtype)
         if self.training and self.prefix_dropout > 0.0 and cache is None:
             with nullcontext() if slices is None else slices.randomness(latents.device, shared=False):
                 inputs, rotary, key_mask = self._drop_prefix(num_latents, inputs, rotary, key_mask)
@@ -220,6 +257,60 @@ class CrossAttention(nn.Module):
         update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return update
 
+    # torch.compile can't follow a walk whose chunks have graphs of their own: its own graph breaks here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attend_streamed(
+        self,
+        latents: Tensor,
+        prefix: Source,
+        positions: Tensor | None,
+        rotary: Rotary | None,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """:meth:`attend` over prefix and latents, chunk by chunk."""
+        (batch, num_latents), device, kept = latents.shape[:2], latents.device, None
+        if self.training and self.prefix_dropout > 0.0:
+            kept = self._kept(batch, prefix.length, num_latents, device)
+            prefix = prefix.keep(kept[:, : kept.shape[1] - num_latents])
+            key_mask = None if key_mask is None else gather_rows(key_mask, kept)
+        total = prefix.length + num_latents
+
+        def angles(begin: int, end: int) -> Rotary:
+            """cos and sin of the keys from ``begin`` to ``end - 1``."""
+            places = torch.arange(begin, end, device=device) if kept is None else kept[:, begin:end]
+            if rotary is not None:
+                cos, sin = (_rows_at(t, places) for t in rotary)
+                return cos, sin
+            if positions is not None:
+                places = _rows_at(positions.unsqueeze(-1), places).squeeze(-1)
+            return self.rotary(places, latents.dtype)
+
+        norm = self.norm if self.kv_norm is None else self.kv_norm
+
+        def project(x: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+            context = norm(x.to(latents.dtype))
+            key = self._heads(self.k_proj(context), self.num_kv_heads, angles(begin, end))
+            return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
+
+        weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
+        stream = KeyStream([prefix, Rows(latents)], project, weights, self.chunk_size)
+        last = angles(total - num_latents, total)
+        query = self._heads(self.q_proj(self.norm(latents)), self.num_heads, last)
+        call = stream_call(
+            query,
+            stream,
+            kv_heads=self.num_kv_heads,
+            value_dim=self.value_dim,
+            key_mask=key_mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        out, _ = streamed_attention(query, stream, *call)
+        update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return update
+
     def _heads(self, x: Tensor, heads: int, rotary: Rotary | None) -> Tensor:
         """(B, L, heads * D) to (B, heads, L, D), a transposed view: the op takes its strides as they are."""
         x = torch.unflatten(x, -1, (heads, -1))
@@ -228,14 +319,17 @@ class CrossAttention(nn.Module):
             x = apply_rotary(x, *(t[..., begin:, :] for t in rotary), layout=self.rotary_layout)
         return x.transpose(1, 2)
 
+    def _kept(self, batch: int, prefix: int, num_latents: int, device: torch.device) -> Tensor:
+        """Indices (B, K) of what prefix dropout keeps among all inputs: part of the prefix, all latents."""
+        latents = torch.arange(prefix, prefix + num_latents, device=device).expand(batch, -1)
+        return torch.cat((kept_indices(batch, prefix, self.prefix_dropout, device), latents), dim=1)
+
     def _drop_prefix(
         self, num_latents: int, inputs: Tensor, rotary: Rotary, key_mask: Tensor | None
     ) -> tuple[Tensor, Rotary, Tensor | None]:
         """Keep a random part of the prefix, before any work is done on it, and all latents."""
         batch, total = inputs.shape[:2]
-        prefix = total - num_latents
-        latents = torch.arange(prefix, total, device=inputs.device).expand(batch, -1)
-        kept = torch.cat((kept_indices(batch, prefix, self.prefix_dropout, inputs.device), latents), dim=1)
+        kept = self._kept(batch, total - num_latents, num_latents, inputs.device)
         cos, sin = (gather_rows(t.expand(batch, *t.shape[-2:]), kept) for t in rotary)
         key_mask = None if key_mask is None else gather_rows(key_mask, kept)
         return gather_rows(inputs, kept), (cos, sin), key_mask
@@ -243,7 +337,7 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        prefix: Tensor | None = None,
+        prefix: Tensor | Array | Recomputed | None = None,
         *,
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
@@ -254,7 +348,8 @@ class CrossAttention(nn.Module):
 
         Args:
             latents: (B, M, dim).
-            prefix: (B, N - M, dim), what stands before the latents; None for nothing.
+            prefix: (B, N - M, dim), what stands before the latents; None for nothing. Where streamed also a
+                numpy array, a tensor on another device or of another dtype, or :class:`Recomputed`.
             key_mask: bool (B, N) over prefix and latents, True = may be attended.
             positions: (N,) or (B, N), for the rotary embedding. None: 0 ... N - 1.
             rotary: cos and sin, each (N, R) or (B, N, R) with one value for each pair of channels, from any
@@ -269,50 +364,71 @@ class CrossAttention(nn.Module):
         """
         if latents.dim() != 3 or latents.shape[-1] != self.dim:
             raise ValueError(f"latents must be (B, M, {self.dim}), got {tuple(latents.shape)}")
-        inputs = latents
+        batch, total = latents.shape[:2]
         if prefix is not None:
-            if prefix.dim() != 3 or prefix.shape[0] != latents.shape[0] or prefix.shape[-1] != self.dim:
-                raise ValueError(
-                    f"prefix must be ({latents.shape[0]}, N - M, {self.dim}), got {tuple(prefix.shape)}"
-                )
-            inputs = torch.cat((prefix, latents), dim=1)
-        batch, total = inputs.shape[:2]
-        slices = None if group is None else self._share(latents, inputs, group)
+            total += self._check_prefix(batch, prefix)
+        length = total - latents.shape[1]
+        slices = None if group is None else self._share(latents, prefix, length, group)
         if key_mask is not None and key_mask.shape != (batch, total):
             raise ValueError(
                 f"key_mask must be ({batch}, {total}), prefix and latents, got {tuple(key_mask.shape)}"
             )
-        if rotary is None:
-            if positions is None:
-                device = inputs.device
-                positions = (
-                    torch.arange(total, device=device)
-                    if slices is None
-                    else slices.positions(latents.shape[1], device)
-                )
-            rotary = self.rotary(positions, inputs.dtype)
-        elif positions is not None:
+        if rotary is not None and positions is not None:
             raise ValueError("give either positions or rotary, not both")
-        for name, given in (("cos", rotary[0]), ("sin", rotary[1])):
-            if given.dim() not in (2, 3) or given.shape[:-1] not in ((total,), (batch, total)):
+        given: list[tuple[str, torch.Size]] = []
+        if positions is not None:
+            given = [("positions is", positions.shape)]
+        elif rotary is not None:
+            given = [(f"{name} is", t.shape[:-1]) for name, t in zip(("cos", "sin"), rotary, strict=True)]
+        for name, shape in given:
+            if shape not in ((total,), (batch, total)):
                 raise ValueError(
                     f"rotary positions must be ({total},) or ({batch}, {total}), prefix and latents; "
-                    f"{name} is {tuple(given.shape)}"
+                    f"{name} {tuple(shape)}"
                 )
-        return self.attend(latents, inputs, rotary=rotary, key_mask=key_mask, slices=slices)
+        if self.streamed:
+            before = latents[:, :0] if prefix is None else prefix
+            source = before if isinstance(before, Recomputed) else Rows(before)
+            return self.attend(
+                latents, source, positions=positions, rotary=rotary, key_mask=key_mask, slices=slices
+            )
+        inputs = torch.cat((prefix, latents), dim=1) if isinstance(prefix, Tensor) else latents
+        if rotary is None and positions is None:
+            device = latents.device
+            positions = (
+                torch.arange(total, device=device)
+                if slices is None
+                else slices.positions(latents.shape[1], device)
+            )
+        return self.attend(
+            latents, inputs, positions=positions, rotary=rotary, key_mask=key_mask, slices=slices
+        )
 
-    def _share(self, latents: Tensor, inputs: Tensor, group: Group) -> Slices:
+    def _share(self, latents: Tensor, prefix: Any, length: int, group: Group) -> Slices:
         from perceiver_kernels.distributed import Slices
 
+        leaves = [latents, *self.parameters(), *([prefix] if isinstance(prefix, Tensor) else [])]
         facts = {
             "latents' batch size": latents.shape[0],
             "latents' length": latents.shape[1],
             "training": self.training,
-            "whether a gradient is needed": torch.is_grad_enabled()
-            and any(t.requires_grad for t in (latents, inputs, *self.parameters())),
+            "whether a gradient is needed": torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
         }
-        prefix = inputs.shape[1] - latents.shape[1]
-        return Slices.share(group, prefix, latents.device, self.training, facts)
+        return Slices.share(group, length, latents.device, self.training, facts)
+
+    def _check_prefix(self, batch: int, prefix: Any) -> int:
+        """Refuse what is no prefix for this layer; returns its length."""
+        if not self.streamed and not isinstance(prefix, Tensor):
+            kind = type(prefix).__name__
+            raise TypeError(f"prefix must be a torch.Tensor where the layer is not streamed, got {kind}")
+        if isinstance(prefix, Recomputed):
+            return prefix.length
+        if not isinstance(prefix, (Tensor, np.ndarray)):
+            kind = type(prefix).__name__
+            raise TypeError(f"prefix must be a tensor, a numpy array or Recomputed, got {kind}")
+        if prefix.ndim != 3 or prefix.shape[0] != batch or prefix.shape[-1] != self.dim:
+            raise ValueError(f"prefix must be ({batch}, N - M, {self.dim}), got {tuple(prefix.shape)}")
+        return prefix.shape[1]
 
 
 class SelfAttention(CrossAttention):
@@ -322,7 +438,9 @@ class SelfAttention(CrossAttention):
         super().__init__(dim, num_heads, num_kv_heads, **options)
         self.kv_norm = None
 
-    def forward(self, latents: Tensor, prefix: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self, latents: Tensor, prefix: Tensor | Array | Recomputed | None = None, **options: Any
+    ) -> Tensor:
         """As :meth:`CrossAttention.forward`, (B, M, dim) to (B, M, dim)."""
         if prefix is not None:
             raise ValueError("SelfAttention takes no prefix: use CrossAttention")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_kernels.generation import generate
-from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, Rotary, SelfAttention
+from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention
 from perceiver_kernels.rotary import (
     LAYOUTS,
     RotaryLayout,
@@ -28,6 +28,7 @@ from perceiver_kernels.rotary import (
     right_aligned_positions,
     rotary_cos_sin,
 )
+from perceiver_kernels.streaming import CHUNK_SIZE, Recomputed, Source
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
     from perceiver_kernels.collectives import Group
@@ -60,6 +61,9 @@ class PerceiverARConfig:
         dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
         attention_dropout: dropout of the attention weights.
         tie_embeddings: whether the output projection is the token embedding.
+        streamed: whether the cross-attention walks the prefix in chunks, embedding its tokens as it goes: no
+            tensor of N x dim exists, forward or backward. Same parameters, same results up to rounding.
+        chunk_size: positions of each example at a time, where streamed.
 
     Raises:
         ValueError: for a value outside its range; TypeError: for a size that is not an int.
@@ -83,9 +87,11 @@ class PerceiverARConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     tie_embeddings: bool = False
+    streamed: bool = False
+    chunk_size: int = CHUNK_SIZE
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents")
+        sizes = ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents", "chunk_size")
         optional = [name for name in ("num_kv_heads", "head_dim") if getattr(self, name) is not None]
         for name in (*sizes, *optional):
             value, least = getattr(self, name), 0 if name == "depth" else 1
@@ -127,7 +133,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention, self.feed_forward, self.dropout = attention, feed_forward, nn.Dropout(dropout)
 
-    def forward(self, latents: Tensor, inputs: Tensor, **options: Any) -> Tensor:
+    def forward(self, latents: Tensor, inputs: Tensor | Source, **options: Any) -> Tensor:
         """(B, M, dim), (B, n, dim) to (B, M, dim); options as in :meth:`CrossAttention.attend`."""
         latents = latents + self.dropout(self.attention.attend(latents, inputs, **options))
         latents = latents + self.dropout(self.feed_forward(latents))
@@ -161,7 +167,14 @@ class PerceiverAR(nn.Module):
         self.position_embedding = nn.Embedding(config.max_seq_len, config.dim) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.cross = block(
-            CrossAttention(config.dim, config.num_heads, prefix_dropout=config.prefix_dropout, **options)
+            CrossAttention(
+                config.dim,
+                config.num_heads,
+                prefix_dropout=config.prefix_dropout,
+                streamed=config.streamed,
+                chunk_size=config.chunk_size,
+                **options,
+            )
         )
         self.blocks = nn.ModuleList(
             block(SelfAttention(config.dim, config.num_heads, **options)) for _ in range(config.depth)
@@ -217,6 +230,7 @@ class PerceiverAR(nn.Module):
                 tokens only, so a left-padded example gives the logits of the unpadded one (up to its own
                 number of tokens). The latents are always the last M *columns*: with padding on the right, an
                 example's last columns are padding, whose logits mean nothing (leave them out of the loss),
+                and its real logits are those of its real columns among the last M. Pad on the left where
                 every example's last tokens matter.
             group: context parallel over these ranks (:mod:`perceiver_kernels.distributed`): ``tokens`` and
                 ``pad_mask`` are then this rank's slice of the N positions, in the order of the ranks and of
@@ -247,24 +261,51 @@ class PerceiverAR(nn.Module):
         key_mask = None
         if pad_mask is not None:
             positions, key_mask = positions_from_padding(pad_mask), ~pad_mask
-        inputs = self.embed(tokens, positions)
-        latents = inputs[:, total - num_latents :]
+        prefix = total - num_latents
+        inputs: Tensor | Source
+        if self.config.streamed:
+            latents = self.embed(tokens[:, prefix:], positions[..., prefix:])
+            inputs = self._stream(tokens[:, :prefix], positions[..., :prefix])
+        else:
+            inputs = self.embed(tokens, positions)
+            latents = inputs[:, prefix:]
         return self.logits(self.read(latents, inputs, positions, key_mask))
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim)."""
-        x: Tensor = self.token_embedding(tokens)
+    def embed(self, tokens: Tensor, positions: Tensor, *, in_chunks: bool = False) -> Tensor:
+        """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim).
+
+        ``in_chunks``: gradients of long tables are sparse, or every chunk would make one of the table's size.
+        """
+
+        def look_up(table: nn.Embedding, indices: Tensor) -> Any:
+            if in_chunks and table.num_embeddings > indices.numel():
+                return F.embedding(indices, table.weight, sparse=True)
+            return table(indices)
+
+        x: Tensor = look_up(self.token_embedding, tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + look_up(self.position_embedding, positions)
         elif self.config.positions == "sinusoidal":
             x = x + self._sinusoids(positions, x.dtype).to(x.dtype)
         x = self.dropout(x)
         return x
 
+    def _stream(self, tokens: Tensor, positions: Tensor) -> Recomputed:
+        """The embedded tokens (B, n), each chunk when it is wanted."""
+        tables = (self.token_embedding, self.position_embedding)
+        return Recomputed(
+            lambda begin, end: self.embed(tokens[:, begin:end], positions[..., begin:end], in_chunks=True),
+            tokens.shape[1],
+            [table.weight for table in tables if table is not None],
+            at=lambda kept: self.embed(
+                tokens.gather(1, kept), positions.expand_as(tokens).gather(1, kept), in_chunks=True
+            ),
+        )
+
     def read(
         self,
         latents: Tensor,
-        inputs: Tensor,
+        inputs: Tensor | Source,
         positions: Tensor,
         key_mask: Tensor | None = None,
         caches: Sequence[KVCache | None] | None = None,
@@ -272,16 +313,18 @@ class PerceiverAR(nn.Module):
     ) -> Tensor:
         """All layers up to the last norm: inputs (B, n, dim) into latents (B, M, dim).
 
+        Inputs are latents included, or a source of what stands before them.
+
         ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the
         inputs. ``caches`` holds one :class:`KVCache` for the cross-attention and one for each layer:
         generation's way in. ``slices`` is that of :meth:`CrossAttention.attend`.
         """
         cross_cache, *block_caches = [None] * (1 + len(self.blocks)) if caches is None else caches
-        rotary = self.cross.attention.rotary(positions, latents.dtype)
         latents = self.cross(
-            latents, inputs, rotary=rotary, key_mask=key_mask, cache=cross_cache, slices=slices
+            latents, inputs, positions=positions, key_mask=key_mask, cache=cross_cache, slices=slices
         )
-        rotary = _last(rotary, latents.shape[1])
+        own = positions[..., positions.shape[-1] - latents.shape[1] :]
+        rotary = self.cross.attention.rotary(own, latents.dtype)
         for block, cache in zip(self.blocks, block_caches, strict=True):
             stored = 0 if cache is None else cache.length
             seen = None if key_mask is None else key_mask[:, key_mask.shape[1] - stored - latents.shape[1] :]
@@ -382,8 +425,3 @@ class PerceiverAR(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = rotary_cos_sin(positions, self.config.dim, base=base, dtype=wide)
         return torch.cat((sin, cos), dim=-1)
-
-
-def _last(rotary: Rotary, length: int) -> Rotary:
-    cos, sin = (t[..., t.shape[-2] - length :, :] for t in rotary)
-    return cos, sin

@@ -1,0 +1,345 @@
+"""Attention over inputs of any length in memory that does not grow with it.
+
+Normalised inputs, keys and values, and the gradients of all of these, are four to eight times as large as
+the inputs. Here they exist for one chunk at a time. Forward walks the inputs: norm, project, rotate, attend,
+merge by ``(out, lse)``, forget. Backward walks again, recomputes the chunk's keys and values, and
+differentiates the chunk from the merged ``(out, lse)``: its gradients are those of the whole call, exact. The
+price is the norm and the projections once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perceiver_kernels.autograd import attention, attention_backward
+from perceiver_kernels.dispatch import choose
+from perceiver_kernels.merge import RunningMerge
+from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec
+
+CHUNK_SIZE = 8192
+Array = np.ndarray[Any, Any]
+
+
+class Recomputed:
+    """Inputs that a function computes, chunk by chunk, in every forward and once more in every backward.
+
+    Embedded tokens, for one: only the tokens are kept, and the gradient reaches the embedding table all the
+    same. A lookup by ``torch.nn.functional.embedding(..., sparse=True)`` spares each chunk a gradient of the
+    table's size. Random numbers that ``compute`` draws from torch's default generators are drawn again.
+
+    Args:
+        compute: ``compute(begin, end)`` gives the inputs at these positions, (B, end - begin, dim), on the
+            layer's device, differentiably.
+        length: number of positions.
+        parameters: all the tensors that require a gradient and that ``compute`` depends on.
+        at: ``at(indices)``, int64 (B, n), gives the inputs (B, n, dim) there: what prefix dropout keeps.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[int, int], Tensor],
+        length: int,
+        parameters: Iterable[Tensor] = (),
+        *,
+        at: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.compute, self.length, self.at = compute, length, at
+        self.parameters = tuple(parameters)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """The inputs of one chunk."""
+        return self.compute(begin, end)
+
+    def keep(self, indices: Tensor) -> Recomputed:
+        """The inputs at ``indices`` (B, n) alone."""
+        if self.at is None:
+            raise ValueError("prefix dropout over Recomputed inputs needs them as a function of indices: at=")
+        at = self.at
+        return Recomputed(lambda begin, end: at(indices[:, begin:end]), indices.shape[1], self.parameters)
+
+
+class Rows:
+    """Inputs that lie somewhere: a tensor on any device, or a numpy array, such as one mapped from a file.
+
+    ``indices`` (B, n) are the rows that count, None for all.
+    """
+
+    def __init__(self, rows: Tensor | Array, indices: Tensor | None = None) -> None:
+        self.rows, self.indices = rows, indices
+        self.length = rows.shape[1] if indices is None else indices.shape[1]
+        self.device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """The inputs of one chunk, where they lie, without their history."""
+        if self.indices is None:
+            chunk = self.rows[:, begin:end]
+            return chunk.detach() if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
+        indices = self.indices[:, begin:end].to(self.device)
+        if isinstance(self.rows, Tensor):
+            pairs = zip(self.rows.detach(), indices, strict=True)
+            return torch.stack([example.index_select(0, kept) for example, kept in pairs])
+        return torch.from_numpy(
+            np.stack([x[kept] for x, kept in zip(self.rows, indices.numpy(), strict=True)])
+        )
+
+    def keep(self, indices: Tensor) -> Rows:
+        """The inputs at ``indices`` (B, n) alone."""
+        return Rows(self.rows, indices)
+
+    def empty_gradient(self) -> Tensor:
+        """Where :meth:`write` puts the gradient of the tensor; rows that don't count have 0."""
+        assert isinstance(self.rows, Tensor)
+        return torch.empty_like(self.rows) if self.indices is None else torch.zeros_like(self.rows)
+
+    def write(self, gradient: Tensor, begin: int, end: int, chunk: Tensor) -> None:
+        """Put the gradient of one chunk in its place."""
+        if self.indices is None:
+            gradient[:, begin:end] = chunk
+            return
+        indices = self.indices[:, begin:end].to(self.device)
+        for example, kept, rows in zip(gradient, indices, chunk.to(self.device), strict=True):
+            example[kept] = rows
+
+
+Source = Rows | Recomputed
+
+
+@dataclass(frozen=True, eq=False)
+class KeyStream:
+    """Keys and values of long inputs, made and forgotten chunk by chunk.
+
+    Args:
+        sources: the inputs, one source after the other.
+        project: ``project(x, begin, end)`` turns inputs (B, n, dim), which stand at ``begin`` to ``end - 1``
+            among all, into keys (B, Hkv, n, D) and values (B, Hkv, n, Dv).
+        weights: the tensors that ``project`` depends on and that may require a gradient.
+        chunk_size: positions of each example at a time.
+    """
+
+    sources: Sequence[Source]
+    project: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+    weights: Sequence[Tensor]
+    chunk_size: int = CHUNK_SIZE
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What may require a gradient: the sources' tensors, one chunk of rows at a time, and the rest."""
+        return [*(source.rows for source in self._row_sources()), *self._parameters()]
+
+    @property
+    def length(self) -> int:
+        """Number of inputs."""
+        return sum(source.length for source in self.sources)
+
+    def forward(self, query: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` of the query (B, H, M, D) over all keys, without a graph."""
+        merge = RunningMerge()
+        with torch.no_grad():
+            for _, begin, end, at, read in self._walk(query.device):
+                key, value = (t.to(query.dtype) for t in self.project(read(), at + begin, at + end))
+                merge.add(*attention(query, key, value, spec.over_keys(at + begin, at + end), backend))
+        return merge.result()
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        residuals: tuple[Tensor, Tensor],
+        spec: AttentionSpec,
+        backend: str,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of the query, and those of the :attr:`tensors` where ``wanted``.
+
+        ``residuals`` are ``(out, lse)`` over these keys, or over these and others merged.
+        """
+        row_sources = self._row_sources()
+        into = {s: s.empty_gradient() for s, want in zip(row_sources, wanted, strict=False) if want}
+        rest = zip(self._parameters(), wanted[len(row_sources) :], strict=True)
+        parameters = [parameter for parameter, want in rest if want]
+        dq, *sums = (torch.zeros_like(t, dtype=accumulator_dtype(t)) for t in (query, *parameters))
+        for source, begin, end, at, read in self._walk(query.device):
+            with torch.enable_grad():
+                x = read()
+                leaves = parameters
+                if source in into:
+                    leaves = [*parameters, x.requires_grad_()]
+                elif isinstance(source, Recomputed) and begin == 0:
+                    _check_leaves(x, source.parameters)
+                key, value = (t.to(query.dtype) for t in self.project(x, at + begin, at + end))
+            part = spec.over_keys(at + begin, at + end)
+            dq_part, dk, dv = attention_backward(
+                dout, dlse, query, key.detach(), value.detach(), residuals, part, backend
+            )
+            dq += dq_part
+            outputs = [(t, gradient) for t, gradient in ((key, dk), (value, dv)) if t.requires_grad]
+            if not outputs or not leaves:
+                continue
+            ends, gradients = zip(*outputs, strict=True)
+            gradients = torch.autograd.grad(ends, leaves, gradients, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=False):  # the last may be that of x
+                if gradient is not None:
+                    total += gradient.to(total.dtype)
+            if source in into and isinstance(source, Rows):
+                source.write(into[source], begin, end, gradients[-1])
+        totals = [total.to(p.dtype) for total, p in zip(sums, parameters, strict=True)]
+        return dq.to(query.dtype), [*into.values(), *totals]
+
+    def _row_sources(self) -> list[Any]:
+        return [s for s in self.sources if isinstance(s, Rows) and isinstance(s.rows, Tensor)]
+
+    def _parameters(self) -> list[Tensor]:
+        recomputed = [p for s in self.sources if isinstance(s, Recomputed) for p in s.parameters]
+        return list({id(p): p for p in (*self.weights, *recomputed)}.values())
+
+    def _walk(self, device: torch.device) -> Iterator[tuple[Source, int, int, int, Callable[[], Tensor]]]:
+        """All chunks in order: source, begin and end in it, where it begins among all, how to read.
+
+        Rows in CPU memory are copied to a GPU while that works on the chunk before.
+        """
+        jobs: list[tuple[Source, int, int, int]] = []
+        at = 0
+        for source in self.sources:
+            for begin in range(0, source.length, self.chunk_size):
+                jobs.append((source, begin, min(begin + self.chunk_size, source.length), at))
+            at += source.length
+        jobs = jobs or [(self.sources[-1], 0, 0, 0)]  # no inputs at all
+        start = _Reader(device)
+        reads = (start(*job[:3]) for job in jobs)
+        ahead = next(reads)
+        for job in jobs:
+            read, ahead = ahead, next(reads, ahead)
+            yield (*job, read)
+
+
+class _Reader:
+    """Gets chunks onto a device; onto a GPU from page-locked memory and by a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: Any = torch.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, source: Source, begin: int, end: int) -> Callable[[], Tensor]:
+        """Start to read, where that is another device's work; the result delivers the chunk."""
+        if self.stream is None or isinstance(source, Recomputed) or source.device == self.device:
+            return lambda: source.read(begin, end).to(self.device)
+        stream, rows = self.stream, source.read(begin, end)
+        with torch.cuda.stream(stream):
+            chunk = (rows if rows.is_pinned() else rows.pin_memory()).to(self.device, non_blocking=True)
+
+        def finish() -> Tensor:
+            present = torch.cuda.current_stream(self.device)
+            present.wait_stream(stream)
+            chunk.record_stream(present)
+            return chunk
+
+        return finish
+
+
+class _Ambient:
+    """Autocast and the random generators as they were in the forward, so that the backward repeats it."""
+
+    def __init__(self, device: torch.device) -> None:
+        kind = device.type
+        self.device = device
+        self.autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else None
+        self.cpu_state = torch.get_rng_state()
+        self.cuda_state = torch.cuda.get_rng_state(device) if kind == "cuda" else None
+
+    def casts(self) -> Any:
+        """Autocast, but its cache: weights cast here, without a graph, are not for what comes later."""
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Both as they were."""
+        with torch.random.fork_rng([] if self.cuda_state is None else [self.device]), self.casts():
+            torch.set_rng_state(self.cpu_state)
+            if self.cuda_state is not None:
+                torch.cuda.set_rng_state(self.cuda_state, self.device)
+            yield
+
+
+class _StreamedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, stream: KeyStream, spec: AttentionSpec, backend: str, query: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.call, ctx.ambient = (stream, spec, backend), _Ambient(query.device)
+        with ctx.ambient.casts():
+            out, lse = stream.forward(query, spec, backend)
+        ctx.save_for_backward(query, out, lse, *tensors)  # tensors: torch then notices if one is overwritten
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("streamed attention: double backward is not supported")
+        query, out, lse, *_ = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        (stream, *call), wanted = ctx.call, ctx.needs_input_grad[4:]
+        with ctx.ambient.again():
+            dq, gradients = stream.backward(dout, dlse, query, (out, lse), *call, wanted)
+        found = iter(gradients)
+        return None, None, None, dq, *(next(found) if want else None for want in wanted)
+
+
+def streamed_attention(
+    query: Tensor, stream: KeyStream, spec: AttentionSpec, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of the query (B, H, M, D) over all of the stream's keys; both differentiable, once.
+
+    ``spec`` is the call over these keys. Gradients reach the query and the stream's
+    :attr:`~KeyStream.tensors`. The walk is in order: the same bits from run to run; another ``chunk_size`` is
+    another rounding.
+    """
+    apply: Any = _StreamedAttention.apply
+    out, lse = apply(stream, spec, backend, query, *stream.tensors)
+    return out, lse
+
+
+def stream_call(
+    query: Tensor, stream: KeyStream, *, kv_heads: int, value_dim: int, backend: str | None, **options: Any
+) -> tuple[AttentionSpec, str]:
+    """The causal call of the query over all of a stream's keys, and the backend that serves it.
+
+    The options, and the errors, are those of :func:`perceiver_kernels.perceiver_attention`.
+    """
+    key, value = (
+        query.new_empty(1).expand(len(query), kv_heads, stream.length, dim)
+        for dim in (query.shape[-1], value_dim)
+    )
+    unset = {"is_causal": True, "q_offset": None, "dropout_seed": None}
+    spec = make_spec(query, key, value, **(unset | options))
+    return spec, choose(backend, query, key, value, spec)
+
+
+def _check_leaves(x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Refuse a graph with a leaf that nobody declared: its gradient would be lost in silence."""
+    declared = {id(parameter) for parameter in parameters}
+    seen: set[Any] = {parameter.grad_fn for parameter in parameters} | {None}
+    todo: list[Any] = [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in declared:
+            raise ValueError(
+                f"compute depends on a tensor {tuple(leaf.shape)} that requires a gradient: "
+                "it must be among the parameters of Recomputed"
+            )
+        todo += [function for function, _ in node.next_functions]

@@ -13,7 +13,7 @@ help:
 	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
 	@echo "make test    the test suite"
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
-	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table and JSON"
+	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table, JSON and a page"
 	@echo "make gpu-check  on a machine with a GPU: tests, compute-sanitizer and benchmarks into gpu-check-output/"
 	@echo "make static  the Triton kernels compiled for every GPU without one: registers, spills, model (20 minutes)"
 	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
@@ -77,7 +77,7 @@ aarch64: $(VENV)/.tools
 	$(QEMU) build/aarch64/kernels_test
 
 bench: build
-	$(BIN)/perceiver-kernels bench --json bench.json
+	$(BIN)/perceiver-kernels bench --json bench.json --report bench.html
 
 gpu-check: build
 	$(BIN)/perceiver-kernels gpu-check --output gpu-check-output
@@ -97,4 +97,4 @@ format: build
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) build demo-output gpu-check-output bench.json static.json static.md
+	rm -rf $(VENV) build demo-output gpu-check-output bench.json bench.html static.json static.md

@@ -11,7 +11,7 @@ from typing import Any
 from perceiver_kernels import __version__
 from perceiver_kernels.cli import bench, demo, doctor, gpu_check, verify
 from perceiver_kernels.cli.machine import provenance
-from perceiver_kernels.cli.report import CommandError, Result, err, write_json
+from perceiver_kernels.cli.report import CommandError, Result, claim, err, write_json
 
 COMMANDS: dict[str, Any] = {
     "doctor": doctor,
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: Result = {}
     try:
         if args.json:
-            claim(args.json)
+            claim("--json", args.json)
         result.update(provenance(argv))
         code: int = COMMANDS[args.command].run(args, result)
     except CommandError as error:
@@ -59,12 +59,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(args.json, result)
     return code
-
-
-def claim(path: Path) -> None:
-    """Fail now, not after minutes of measuring, when a result can't be written to `path`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise CommandError(f"--json can't write {path}: {error.strerror}") from error

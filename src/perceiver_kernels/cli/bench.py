@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 import perceiver_kernels as pk
-from perceiver_kernels.cli import charts, gpu, measure
+from perceiver_kernels.cli import charts, gpu, measure, page
 from perceiver_kernels.cli.machine import caption
 from perceiver_kernels.cli.measure import DTYPES, PASSES, Candidate
-from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, seconds
+from perceiver_kernels.cli.report import CommandError, Result, claim, progress
+from perceiver_kernels.cli.tables import print_tables
 from perceiver_kernels.testing.cases import BENCH_CASES, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 from perceiver_kernels.testing.peers import GPU_PEERS, PEERS
@@ -82,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-memory", action="store_true", help="skip peak memory, which takes a fresh process each"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart (PNG)")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write one HTML page with charts, tables and machine"
+    )
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
@@ -241,54 +243,6 @@ def weigh(problem: Problem, candidate: Candidate) -> int | None:
         return None
 
 
-def print_tables(rows: list[dict[str, Any]]) -> None:
-    """One table for each problem."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["case"], row["shape"], row["dtype"], row["pass"]), []).append(row)
-    for (case, shape, dtype, direction), group in groups.items():
-        table = Table(title=f"{case}: {shape}, {dtype}, {direction}", title_justify="left")
-        table.add_column("candidate")
-        launched = any(row.get("launch_s") is not None for row in group)
-        for column in (
-            "median",
-            "quartiles",
-            "GFLOP/s",
-            "of peak",
-            "vs sdpa",
-            "K,V GB/s",
-            "of read",
-            "peak MiB",
-            "error/budget",
-            *(["launch"] if launched else []),
-        ):
-            table.add_column(column, justify="right")
-        for row in group:
-            name = row["candidate"] + (f" ({row['way']})" if row.get("way") else "")
-            if "median_s" not in row:
-                continue
-            table.add_row(
-                name,
-                seconds(row["median_s"]),
-                f"{seconds(row['q1_s'])} - {seconds(row['q3_s'])}",
-                f"{row['gflops']:,.1f}",
-                "-" if row["peak_fraction"] is None else f"{row['peak_fraction']:.0%}",
-                "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-                "-" if row["kv_gb_per_s"] is None else f"{row['kv_gb_per_s']:.1f}",
-                "-" if row["bandwidth_fraction"] is None else f"{row['bandwidth_fraction']:.0%}",
-                mib(row["peak_extra_bytes"]),
-                f"{row['error']:.1e} / {row['budget']:.1e}"
-                if row["within_budget"]
-                else f"[red]{row['error']:.1e} / {row['budget']:.1e}[/]",
-                *([seconds(row["launch_s"])] if launched else []),
-            )
-        out.print(table)
-        for row in group:
-            if "median_s" not in row:
-                why = row.get("skipped", "interrupted before it ran")
-                out.print(f"[dim]{row['candidate']} is left out: {escape(why)}[/]")
-
-
 def run(args: argparse.Namespace, result: Result) -> int:
     """Measure every chosen problem. Returns 1 if a backend was left out for its errors, else 0."""
     if args.threads:
@@ -296,6 +250,9 @@ def run(args: argparse.Namespace, result: Result) -> int:
     cases, names = chosen_cases(args), chosen_names(args)
     if args.plot:
         charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show before minutes of measuring
+    for flag in ("plot", "report"):
+        if path := getattr(args, flag):
+            claim(f"--{flag}", path)
     result["machine"]["threads"] = torch.get_num_threads()
     result["device"] = args.device
     problems = [(c, d, p) for c in cases for d in args.dtype for p in args.passes]
@@ -307,6 +264,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
         limit=args.seconds,
         weighed=not args.no_memory,
         plot=args.plot,
+        report=args.report,
         device=args.device,
     )
     return 0
@@ -317,11 +275,12 @@ def measure_all(
     names: list[str],
     result: Result,
     *,
-    plot: Path | None,
+    plot: Path | None = None,
+    report: Path | None = None,
     device: str = "cpu",
     **options: Any,
 ) -> None:
-    """Measure each (case, dtype, pass) into `result`, print and draw them: those so far, if interrupted."""
+    """Measure each (case, dtype, pass) into `result`; print, draw, report: what there is, if interrupted."""
     result["rows"] = []
     try:
         for case, dtype, direction in problems:
@@ -330,3 +289,5 @@ def measure_all(
         print_tables(result["rows"])
         if plot and result["rows"]:
             charts.bench_chart(result["rows"], plot, caption(result))
+        if report and result["rows"]:
+            page.write(result, report)

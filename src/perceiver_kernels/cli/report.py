@@ -50,6 +50,15 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def claim(flag: str, path: Path) -> None:
+    """Fail now, not after minutes of measuring, when the `path` given as `flag` can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise CommandError(f"{flag} can't write {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, result: Result) -> None:
     """Write `result` to `path`, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -229,8 +229,12 @@ def test_a_sliding_window_is_refused_where_it_hides_something_and_served_where_n
     torch.testing.assert_close(ours(x[:, :16]).logits, eager(x[:, :16]).logits, rtol=1e-4, atol=1e-4)
     options = {"max_new_tokens": 20, "do_sample": False, "disable_compile": True}  # token by token beyond 16
     for cache in (None, "static"):
-        found = [m.generate(x[:, :10], cache_implementation=cache, **options) for m in (eager, ours)]
-        assert torch.equal(*found)
+        for mask in (torch.ones(3, 10, dtype=torch.long), LEFT[:, 6:16]):
+            sequences = [
+                m.generate(x[:, :10], attention_mask=mask, cache_implementation=cache, **options)
+                for m in (eager, ours)
+            ]
+            assert torch.equal(*sequences)
 
 
 def test_chunked_attention_and_patterns_of_the_users_are_refused():
@@ -276,26 +280,30 @@ def test_what_the_op_does_not_do_is_refused_by_name():
         integration.attention(torch.nn.Identity(), q, q, q, None, position_bias=torch.zeros(1, 2, 3, 3))
 
 
-def test_the_mask_says_who_sees_what():
-    """The four kinds of answers, against transformers' own boolean mask."""
-    for padding in (None, LEFT, LEFT.flip(1)):
-        for offset, slots, queries in (
-            (0, 23, 23),
-            (8, 23, 15),
-            (8, 40, 15),
-            (torch.tensor(8), 40, 15),
-            (22, 23, 1),
-        ):
-            options = {"batch_size": 3, "q_length": queries, "kv_length": slots, "q_offset": offset}
-            mask = None if padding is None else padding.bool()
-            want = masking_utils.sdpa_mask(**options, attention_mask=mask, allow_is_causal_skip=False)
-            got = integration.attention_mask(**options, attention_mask=mask)
-            first = (
-                torch.arange(slots) - 8 if got is None and offset == 8 else torch.arange(slots) - int(offset)
-            )
-            if got is not None:
-                assert got.dtype == torch.int64
-                assert got.shape in ((3, 1, 1, slots), (1, 1, 1, 1))
-                first = got if got.shape[-1] > 1 else got + torch.arange(slots)
-            seen = first <= torch.arange(queries).unsqueeze(-1)
-            assert torch.equal(seen.expand(want.shape), want)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize(
+    ("q_offset", "queries", "kv_offset", "slots"),
+    [
+        (0, 23, 0, 23),
+        (8, 15, 0, 23),
+        (8, 15, 0, 40),
+        (torch.tensor(8), 15, 0, 40),
+        (22, 1, 0, 23),
+        (20, 3, 5, 18),
+    ],
+    ids=["whole", "chunk", "static", "static_tensor", "step", "sliding"],
+)
+def test_the_mask_says_who_sees_what(q_offset, queries, kv_offset, slots, padding):
+    """Against transformers' own boolean mask."""
+    mask = PADDINGS[padding]
+    options = {"batch_size": 3, "q_length": queries, "kv_length": slots, "q_offset": q_offset}
+    options |= {"kv_offset": kv_offset, "attention_mask": None if mask is None else mask.bool()}
+    want = masking_utils.sdpa_mask(**options, allow_is_causal_skip=False)
+    first = integration.attention_mask(**options)
+    if first is None:  # from the bottom right
+        first = torch.arange(slots) - (slots - queries)
+    else:
+        assert first.dtype == torch.int64
+        assert first.shape in ((3, 1, 1, slots), (1, 1, 1, 1))
+        first = first if first.shape[-1] > 1 else first + torch.arange(slots)
+    assert torch.equal((first <= torch.arange(queries).unsqueeze(-1)).expand(want.shape), want)

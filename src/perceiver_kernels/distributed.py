@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from random import Random
 from typing import Any
 
 import torch
@@ -144,9 +145,8 @@ def context_parallel_attention(
     own = slices.lengths[slices.rank]
     if own != key.shape[2]:
         raise ValueError(f"lengths[{slices.rank}] is {own}, but this rank's key has {key.shape[2]} positions")
-    if is_causal and q_offset is None:
-        spec = replace(spec, q_offset=slices.total - query.shape[2])
-    options = ranks, slices.part_of(spec), name, return_lse
+    spec = slices.part_of(spec, query.shape[2] if q_offset is None else None)
+    options = slices, spec, name, return_lse
     out, lse = _Attention.apply(query, key, value, *options)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
@@ -250,21 +250,46 @@ class Slices:
         )
         return out
 
-    def part_of(self, spec: AttentionSpec) -> AttentionSpec:
-        """This rank's part of a call over all positions; ``spec.key_mask`` is the slice's own already."""
+    def part_of(self, spec: AttentionSpec, queries: int | None) -> AttentionSpec:
+        """This rank's part of a call over all positions; ``spec.key_mask`` is the slice's own already.
+
+        ``queries`` puts so many of them at the end of all positions; None leaves them at ``spec.q_offset``.
+        """
         whole = replace(spec, key_mask=None)
+        if queries is not None and spec.is_causal:
+            whole = replace(whole, q_offset=self.total - queries)
         return replace(whole.over_keys(self.start, self.stop), key_mask=spec.key_mask)
 
+    def merge(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranks' partial ``(out, lse)`` over their slices, merged; the same bits on all. No gradient.
+
+        (B, H, M, Dv) and (B, H, M), the same shapes on every rank; ``out`` keeps its strides.
+        """
+
+        def reduce(parts: list[Tensor]) -> list[Tensor]:
+            merged, lses = merge_attention(list(parts[0]), list(parts[1].squeeze(-1)))
+            return [merged, lses.unsqueeze(-1)]
+
+        rows = [out.reshape(-1, out.shape[-1]), lse.reshape(-1, 1)]
+        what = "merging the ranks' partial results"
+        merged, lses = reduce_over_group(rows, reduce, self.group, what)
+        return torch.empty_like(out).copy_(merged.view(out.shape)), lses.view(lse.shape)
+
+    def sum(self, gradient: Tensor) -> Tensor:
+        """The sum over ranks of what came back into the merged results; the same bits on all."""
+        return sum_over_group([gradient], self.group)[0]
+
     @contextmanager
-    def randomness(self, device: torch.device, *, shared: bool) -> Iterator[None]:
+    def randomness(self, use: str, device: torch.device, *, shared: bool = False) -> Iterator[None]:
         """Random numbers drawn inside are the same on all ranks (``shared``), or each rank's own.
 
-        Torch's default generators stay as they are; so they do where there is no seed.
+        Every ``use`` has its own. Torch's default generators stay as they are, and they are what is drawn
+        from where there is no seed.
         """
         if self.seed is None:
             yield
             return
-        seed = self.seed if shared else self.seed + 1 + self.rank
+        seed = Random(f"{self.seed} {use} {'all' if shared else self.rank}").getrandbits(62)
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
             torch.default_generator.manual_seed(seed)
@@ -286,15 +311,15 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        group: ProcessGroup,
+        slices: Slices,
         spec: AttentionSpec,
         backend: str,
         with_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *spec.options(), backend)
-        out, lse = merge_over_group(out, lse, group)
+        out, lse = slices.merge(out, lse)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.group, ctx.spec, ctx.backend, ctx.with_lse = group, spec, backend, with_lse
+        ctx.slices, ctx.spec, ctx.backend, ctx.with_lse = slices, spec, backend, with_lse
         if not with_lse:
             ctx.mark_non_differentiable(lse)
         return out, lse
@@ -303,23 +328,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        dout, *dlses = sum_over_group([dout, dlse] if ctx.with_lse else [dout], ctx.group)
+        dout, *dlses = sum_over_group([dout, dlse] if ctx.with_lse else [dout], ctx.slices.group)
         gradients = torch.ops.perceiver_kernels.attention_backward(
             dout, dlses[0] if dlses else None, query, key, value, out, lse, *ctx.spec.options(), ctx.backend
         )
         return (*gradients, None, None, None, None)
-
-
-def merge_over_group(out: Tensor, lse: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The ranks' partial ``(out, lse)`` over disjoint keys, merged; the same bits on all. Not differentiable.
-
-    (B, H, M, Dv) and (B, H, M), the same shapes on every rank; ``out`` keeps its strides.
-    """
-
-    def merge(parts: list[Tensor]) -> list[Tensor]:
-        merged, lses = merge_attention(list(parts[0]), list(parts[1].squeeze(-1)))
-        return [merged, lses.unsqueeze(-1)]
-
-    rows = [out.reshape(-1, out.shape[-1]), lse.reshape(-1, 1)]
-    merged, lses = reduce_over_group(rows, merge, group, "merging the ranks' partial results")
-    return torch.empty_like(out).copy_(merged.view(out.shape)), lses.view(lse.shape)

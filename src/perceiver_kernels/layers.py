@@ -5,7 +5,7 @@ Every layer is pre-norm and returns the update only; the caller adds it to the r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,11 @@ if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
     from perceiver_kernels.distributed import Slices
 
 Rotary = tuple[Tensor, Tensor]
+
+
+def _apart(slices: Slices | None, device: torch.device) -> AbstractContextManager[None]:
+    """In context parallel each rank's own random numbers, which its part of the prefix needs."""
+    return nullcontext() if slices is None else slices.randomness("prefix", device)
 
 
 class KVCache:
@@ -219,19 +224,17 @@ class CrossAttention(nn.Module):
             (B, M, dim).
         """
         if not isinstance(inputs, Tensor):
-            if slices is not None:
-                raise ValueError("group: a streamed layer doesn't take part in context parallel")
-            streamed: Tensor = self._attend_streamed(latents, inputs, positions, rotary, key_mask)
+            with _apart(slices, latents.device):
+                streamed: Tensor = self._attend_streamed(latents, inputs, positions, rotary, key_mask, slices)
             return streamed
         num_latents = latents.shape[1]
         if rotary is None:
             assert positions is not None
             rotary = self.rotary(positions, latents.dtype)
         if self.training and self.prefix_dropout > 0.0 and cache is None:
-            with nullcontext() if slices is None else slices.randomness(latents.device, shared=False):
+            with _apart(slices, latents.device):
                 inputs, rotary, key_mask = self._drop_prefix(num_latents, inputs, rotary, key_mask)
-            if slices is not None:
-                slices = slices.map(lambda prefix: prefix - int(prefix * self.prefix_dropout))
+            slices = self._after_drop(slices)
         queries = self.norm(latents)
         q = self._heads(self.q_proj(queries), self.num_heads, rotary)
         if slices is not None and not slices.is_last:  # the latents' own keys are the last rank's
@@ -266,13 +269,17 @@ class CrossAttention(nn.Module):
         positions: Tensor | None,
         rotary: Rotary | None,
         key_mask: Tensor | None,
+        slices: Slices | None,
     ) -> Tensor:
         """:meth:`attend` over prefix and latents, chunk by chunk."""
         (batch, num_latents), device, kept = latents.shape[:2], latents.device, None
+        if slices is not None and positions is None:
+            positions = slices.positions(num_latents, device)
         if self.training and self.prefix_dropout > 0.0:
             kept = self._kept(batch, prefix.length, num_latents, device)
             prefix = prefix.keep(kept[:, : kept.shape[1] - num_latents])
             key_mask = None if key_mask is None else gather_rows(key_mask, kept)
+            slices = self._after_drop(slices)
         total = prefix.length + num_latents
 
         def angles(begin: int, end: int) -> Rotary:
@@ -293,7 +300,8 @@ class CrossAttention(nn.Module):
             return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
 
         weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
-        stream = KeyStream([prefix, Rows(latents)], project, weights, self.chunk_size)
+        sources = [prefix, Rows(latents)] if slices is None or slices.is_last else [prefix]
+        stream = KeyStream(sources, project, weights, self.chunk_size)
         last = angles(total - num_latents, total)
         query = self._heads(self.q_proj(self.norm(latents)), self.num_heads, last)
         call = stream_call(
@@ -301,13 +309,16 @@ class CrossAttention(nn.Module):
             stream,
             kv_heads=self.num_kv_heads,
             value_dim=self.value_dim,
-            key_mask=key_mask,
+            key_mask=None if key_mask is None else key_mask[:, : stream.length],
             scale=self.scale,
             softcap=self.softcap,
             dropout_p=self.dropout if self.training else 0.0,
+            dropout_seed=None if slices is None else slices.seed,
             backend=self.backend,
         )
-        out, _ = streamed_attention(query, stream, *call)
+        out, _ = streamed_attention(
+            query, stream, *call, slices=None if slices is None else slices.extended(num_latents)
+        )
         update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return update
 
@@ -323,6 +334,10 @@ class CrossAttention(nn.Module):
         """Indices (B, K) of what prefix dropout keeps among all inputs: part of the prefix, all latents."""
         latents = torch.arange(prefix, prefix + num_latents, device=device).expand(batch, -1)
         return torch.cat((kept_indices(batch, prefix, self.prefix_dropout, device), latents), dim=1)
+
+    def _after_drop(self, slices: Slices | None) -> Slices | None:
+        """Where the slices lie after prefix dropout."""
+        return slices and slices.map(lambda prefix: prefix - int(prefix * self.prefix_dropout))
 
     def _drop_prefix(
         self, num_latents: int, inputs: Tensor, rotary: Rotary, key_mask: Tensor | None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from perceiver_kernels.autograd import attention, attention_backward
 from perceiver_kernels.dispatch import choose
 from perceiver_kernels.merge import RunningMerge
 from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec
+
+if TYPE_CHECKING:  # a torch without torch.distributed has no such module
+    from perceiver_kernels.distributed import Slices
 
 CHUNK_SIZE = 8192
 Array = np.ndarray[Any, Any]
@@ -274,11 +277,20 @@ class _Ambient:
 class _StreamedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, stream: KeyStream, spec: AttentionSpec, backend: str, query: Tensor, *tensors: Tensor
+        ctx: Any,
+        stream: KeyStream,
+        spec: AttentionSpec,
+        backend: str,
+        slices: Slices | None,
+        query: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.call, ctx.ambient = (stream, spec, backend), _Ambient(query.device)
+        ctx.call, ctx.slices, ctx.ambient = (stream, spec, backend), slices, _Ambient(query.device)
         with ctx.ambient.casts():
             out, lse = stream.forward(query, spec, backend)
+        if slices is not None:
+            out, lse = slices.merge(out, lse)
+            ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(query, out, lse, *tensors)  # tensors: torch then notices if one is overwritten
         ctx.set_materialize_grads(False)
         return out, lse
@@ -289,24 +301,27 @@ class _StreamedAttention(torch.autograd.Function):
             raise NotImplementedError("streamed attention: double backward is not supported")
         query, out, lse, *_ = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        (stream, *call), wanted = ctx.call, ctx.needs_input_grad[4:]
+        if ctx.slices is not None:
+            dout = ctx.slices.sum(dout)
+        (stream, *call), wanted = ctx.call, ctx.needs_input_grad[5:]
         with ctx.ambient.again():
             dq, gradients = stream.backward(dout, dlse, query, (out, lse), *call, wanted)
         found = iter(gradients)
-        return None, None, None, dq, *(next(found) if want else None for want in wanted)
+        return None, None, None, None, dq, *(next(found) if want else None for want in wanted)
 
 
 def streamed_attention(
-    query: Tensor, stream: KeyStream, spec: AttentionSpec, backend: str
+    query: Tensor, stream: KeyStream, spec: AttentionSpec, backend: str, slices: Slices | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of the query (B, H, M, D) over all of the stream's keys; both differentiable, once.
 
     ``spec`` is the call over these keys. Gradients reach the query and the stream's
     :attr:`~KeyStream.tensors`. The walk is in order: the same bits from run to run; another ``chunk_size`` is
-    another rounding.
+    another rounding. With ``slices`` the stream is this rank's part of all keys, and lse has no gradient.
     """
     apply: Any = _StreamedAttention.apply
-    out, lse = apply(stream, spec, backend, query, *stream.tensors)
+    spec = spec if slices is None else slices.part_of(spec, query.shape[2])
+    out, lse = apply(stream, spec, backend, slices, query, *stream.tensors)
     return out, lse
 
 

@@ -398,11 +398,15 @@ class PerceiverAR(nn.Module):
             before, all_before = prefix.counted(key_mask[:, :own].sum(1, keepdim=True))
             counts = key_mask[:, :own].cumsum(1) + before, key_mask[:, own:].cumsum(1) + all_before
             positions = (torch.cat(counts, dim=1) - 1).clamp(min=0)
-        with prefix.randomness(device, shared=False):
-            inputs = self.embed(tokens[:, :own], positions[..., :own])
-        with prefix.randomness(device, shared=True):
+        inputs: Tensor | Source
+        if self.config.streamed:
+            inputs = self._stream(tokens[:, :own], positions[..., :own])
+        else:
+            with prefix.randomness("embeddings", device):
+                inputs = self.embed(tokens[:, :own], positions[..., :own])
+        with prefix.randomness("latents", device, shared=True):
             latents = self.embed(last, positions[..., own:])
-            inputs = torch.cat((inputs, latents), dim=1)
+            inputs = torch.cat((inputs, latents), dim=1) if isinstance(inputs, Tensor) else inputs
             return self.logits(self.read(latents, inputs, positions, key_mask, slices=prefix))
 
     def _check(self, tokens: Tensor, pad_mask: Tensor | None) -> None:

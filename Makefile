@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test sanitize aarch64 bench gpu-check static lint format clean
+.PHONY: help build demo test sanitize aarch64 bench gpu-check static docs lint format clean
 
 help:
 	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make static  the Triton kernels compiled for every GPU without one: registers, spills, model (20 minutes)"
 	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
 	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
+	@echo "make docs    the documentation as a site, build/site/index.html, warnings as errors"
 	@echo "make lint    ruff, mypy and clang-format;  make format applies what they can fix"
 
 $(VENV)/bin/python:
@@ -84,6 +85,15 @@ gpu-check: build
 
 static: build
 	$(BIN)/python -m benchmarks.static --json static.json --markdown static.md
+
+# The API pages come from the source, which is read and not imported: neither torch nor a build is needed.
+$(VENV)/.docs: constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+docs: $(VENV)/.docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo build/site/index.html
 
 lint: build
 	$(BIN)/ruff check .

@@ -107,12 +107,13 @@ def attention_mask(
 
     In four dimensions, as models expect, but with 1 in place of heads and queries.
 
-    Returns:
-        - None: causal from the bottom right where the layer is causal, and nothing hidden;
-        - int64 (B, 1, 1, N): the first query that sees each key, ``_HIDDEN`` more for a hidden key; or, with
-          nothing hidden, (1, 1, 1, 1): the first query that sees key 0;
-        - bool (B, 1, 1, N) or (1, 1, 1, 1): the keys that all queries see;
-        - int32 (B, 1, 1, N): the document of each position, causal within documents.
+    It returns one of
+
+    - None: causal from the bottom right where the layer is causal, and nothing hidden;
+    - int64 (B, 1, 1, N): the first query that sees each key, ``_HIDDEN`` more for a hidden key; or, with
+      nothing hidden, (1, 1, 1, 1): the first query that sees key 0;
+    - bool (B, 1, 1, N) or (1, 1, 1, 1): the keys that all queries see;
+    - int32 (B, 1, 1, N): the document of each position, causal within documents.
 
     Raises:
         ValueError: for a pattern that none of these says, and for a model with an attention of its own, which

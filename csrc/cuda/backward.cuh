@@ -42,7 +42,7 @@ struct BackwardTile {
   using Rows = RowTile<kDim, kBlockM>;
   static constexpr int kKeyBytes = 2 * kBlockN * kDim;
   static constexpr int kGradientBytes = 2 * kBlockN * kBlockM;
-  static constexpr int kFactorBytes = kRoles == 2 ? 4 * kBlockN * kBlockM : 0;
+  static constexpr int kFactorBytes = kRoles == 2 ? 4 * kBlockN * kStepRows : 0;
   // Values are needed only until they are in registers.
   static constexpr int kLateBytes = kGradientBytes + kFactorBytes + (kHeld ? 0 : kKeyBytes);
   static constexpr int kSharedBytes =
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
       commit_copies();
     };
 
-    __syncthreads();  // the tile of keys before this one has served
+    wait_for_copies<0>();  // the keys before these have served, also those that no row sees
     const bool all_there = copy_keys(copier, arguments, example, start, keys, values);
     copy_rows(first);
     if (!__syncthreads_and(all_there)) full = row_tiles;
@@ -150,6 +150,14 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
     auto attend = [&](int tile, auto is_masked) {
       constexpr bool kMasked = decltype(is_masked)::value;
       const uint32_t stage = stages + (tile - first) % 2 * Rows::kBytes;
+      float* part_of_slab = slab + tile * int64_t{Rows::kNumbers};
+      Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
+      auto load_dq = [&] {
+        if (start == run_start) return;
+        for_each_accumulator<Shape::kThreads>(dq, part_of_slab, [](Accumulator& sum, const float4& part) {
+          sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
+        });
+      };
       wait_for_copies<0>();
       copy_rows(tile + 1);
 #pragma unroll
@@ -163,19 +171,21 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
         const Step<kKeyTiles, kRowTiles, kMasked, kHasScore> between{arguments, example, first_rows,
                                                                      tile * kBlockM + thread_row, key};
         if constexpr (kSplit) {
-          const uint32_t place =
-              factors_tile + ((pair * Shape::kSteps + step) * kKeyTiles * kRowTiles * 32 + lane) * 16;
+          const uint32_t place = factors_tile + (pair * kKeyTiles * kRowTiles * 32 + lane) * 16;
           multiply_scores<Element, kDim>(scores, left[0], (does_values ? query : dout) + my_columns);
           if (does_values) {
             between.weigh(scores, factors, shifts);
+            if (step > 0) await<Shape::kThreads>(2 * step);
             send(factors, place);
-            arrive<Shape::kThreads>(1 + step);
+            arrive<Shape::kThreads>(2 * step + 1);
           } else {
-            await<Shape::kThreads>(1 + step);
+            await<Shape::kThreads>(2 * step + 1);
             receive(factors, place);
+            if (step < Shape::kSteps - 1) arrive<Shape::kThreads>(2 * step + 2);
             between.differentiate(scores, factors, deltas);
             store_gradients<Element, kBlockM>(scores, my_gradients, row, lane);
           }
+          if (step == Shape::kSteps - 1) load_dq();  // on its way meanwhile
           add_weighted<Element, kDim>(sums[0], scores, (does_values ? dout : query) + my_rows);
         } else {
           Transposed<kKeyTiles, kRowTiles> products;
@@ -188,19 +198,14 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
           add_weighted<Element, kDim>(sums[1], products, query + my_rows);
         }
       }
-      float* place = slab + tile * int64_t{Rows::kNumbers};
-      Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
-      if (start > run_start) {
-        for_each_accumulator<Shape::kThreads>(dq, place, [](Accumulator& sum, const float4& part) {
-          sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
-        });
-      }
+      if constexpr (!kSplit) load_dq();
       __syncthreads();  // dS is there
       add_queries<Element, kDim, kBlockM, kBlockN>(dq, gradients + lane_offset_of_columns<kBlockM>(lane),
                                                    keys + my_rows, row_warp * Shape::kQueryTiles,
                                                    column_warp * Shape::kColumnTiles);
-      for_each_accumulator<Shape::kThreads>(
-          dq, place, [](const Accumulator& sum, float4& part) { part = {sum[0], sum[1], sum[2], sum[3]}; });
+      for_each_accumulator<Shape::kThreads>(dq, part_of_slab, [](const Accumulator& sum, float4& part) {
+        part = {sum[0], sum[1], sum[2], sum[3]};
+      });
     };
     int tile = first;
     for (; tile < full; ++tile) attend(tile, std::true_type());

@@ -60,10 +60,12 @@ class Kernel:
 
 def parse_name(name: str) -> Kernel:
     tile = re.findall(r"BackwardTileI\w+?Lb[01]EEE", name)[0]
-    dim, rows, key_tiles, key_warps, roles, _, _, held, has_score = map(int, re.findall(r"L[ib](\d+)E", name))
+    dim, rows, key_tiles, key_warps, roles, step, _, held, has_score = map(
+        int, re.findall(r"L[ib](\d+)E", name)
+    )
     keys = 16 * key_tiles * key_warps
     key_bytes = 2 * keys * dim
-    late = (2 + (4 if roles == 2 else 0)) * keys * rows + (0 if held else key_bytes)
+    late = keys * (2 * rows + (4 * step if roles == 2 else 0)) + (0 if held else key_bytes)
     shared = key_bytes + 2 * (4 * dim + 8) * rows + max(late, key_bytes)
     return Kernel(
         name, tile, element_type(name), dim, rows, keys, 32 * key_warps * roles, shared, bool(has_score)
@@ -208,10 +210,10 @@ def test_the_instantiations_are_those() -> None:
     assert wanted == set(backward_kernels())
 
 
-# One role and two; a run has several tiles of keys, each several tiles of rows, of which some need masks.
+# One role and two; two tiles of keys that no row sees, and two of several tiles of rows, some with masks.
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_mutant_is_caught(dim: int) -> None:
-    inputs = make_inputs(Case("mutants", 1, 1, 1, 130, 200, dim, dim), BF16)
+    inputs = make_inputs(Case("mutants", 1, 1, 1, 130, 400, dim, dim, q_offset=70), BF16)
     exact = reference64(inputs)
     gradients = empty_gradients(inputs.query, inputs.key, inputs.value)
     total = 0
@@ -224,21 +226,21 @@ def test_every_mutant_is_caught(dim: int) -> None:
             return all(map(torch.equal, map(as_bytes, each.written), want))
 
         ptx = entries(SOURCE)[each.name]
-        chosen = [one for one in mutants(ptx, each.name, 2, report.executed) if not harmless(one, ptx)]
+        chosen = [one for one in mutants(ptx, each.name, 1, report.executed) if not harmless(one, ptx)]
         result = score(chosen, right)
         print(each.name, result)
         assert right(None)  # and so the next kernel reads what it should
         assert not result.survivors, str(result)
         total += result.total
-    assert total >= 30
+    assert total >= 20
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
-# Of the tensor cores' peak, by the model.
-FLOORS = {32: 0.65, 64: 0.7, 96: 0.7, 192: 0.55}
+# Of the tensor cores' peak, by the model, which leaves out what only one of two roles does.
+FLOORS = {32: 0.68, 64: 0.7, 96: 0.75, 128: 0.74, 192: 0.62, 256: 0.55}
 
 
 @pytest.mark.parametrize("dim", FLOORS)

@@ -185,7 +185,7 @@ def test_no_gradient_goes_to_the_memory() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_they_learn_to_look_back(name: str) -> None:
-    """Six random tokens and the same again; "fixed" must squeeze a block of them into its ends, and is slow."""
+    """Six random tokens and the same again. "fixed" must squeeze a block into its ends, and is slow."""
     torch.manual_seed(0)
     model = KINDS[name](**SIZES | {"dim": 32, "depth": 2})
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)

@@ -198,7 +198,9 @@ def test_prelude_comes_back_to_the_step() -> None:
 
 def test_notes_that_overlap_vanish_or_wait_long() -> None:
     modality = Notes()
-    again = modality.decode(modality.encode([Note(0, 9, 60, 66), Note(3, 4, 60, 66), Note(3, 3, 61, 66)]))
+    tokens = modality.encode([Note(0, 9, 60, 66), Note(3, 4, 60, 66), Note(3, 3, 61, 66)])
+    again = modality.decode(tokens)
+    assert torch.equal(modality.encode(again), tokens)  # nothing is written that says nothing
     assert again == [Note(0, 3, 60, 66), Note(3, 3.01, 61, 66), Note(3, 4, 60, 66)]
     tokens = modality.encode([Note(0, 2.5, 60, 66)])
     assert tokens.tolist() == [356 + 16, 60, 355, 355, 256 + 49, 128 + 60]

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/backward.h"
 #include "cuda/copy.cuh"
@@ -29,6 +30,7 @@ using Transposed = Accumulator[kKeyTiles][kRowTiles];
 template <int kKeyTiles, int kRowTiles, bool kMasked, bool kHasScore>
 struct Step {
   using Scores = Transposed<kKeyTiles, kRowTiles>;
+  using Bits = std::conditional_t<kKeyTiles * kRowTiles <= 8, uint32_t, uint64_t>;  // one for each score
 
   const BackwardArguments& arguments;
   const Example& example;
@@ -38,7 +40,7 @@ struct Step {
   // Scores become P * Z, but for dropout's constant factor; `factors` P * score_grad, negative where dropout
   // has its zero.
   __device__ __forceinline__ void weigh(Scores& scores, Scores& factors, uint32_t shifts) const {
-    uint32_t dropped = 0;
+    Bits dropped = 0;
     if (kHasScore && arguments.dropout_seed != nullptr) dropped = find_dropped();
     const float inverse_softcap = kHasScore ? 1.0f / arguments.softcap : 0.0f;
 #pragma unroll
@@ -87,19 +89,18 @@ struct Step {
  private:
   // Bit (n * kKeyTiles + m) * 4 + e: accumulator [m][n]'s element e is dropped. Packed row r is query
   // r / group of the key head's query head r % group.
-  __device__ __forceinline__ uint32_t find_dropped() const {
-    static_assert(kKeyTiles * kRowTiles <= 8, "a bit for each");
+  __device__ __forceinline__ Bits find_dropped() const {
     const int group = arguments.group;
     const int64_t seed = arguments.dropout_seed[0];
     const uint32_t first_key = static_cast<uint32_t>(arguments.dropout_seed[1]);
-    uint32_t dropped = 0;
+    Bits dropped = 0;
 #pragma unroll 1  // ten rounds each: a loop of its own keeps the code short
     for (int i = 0; i < kKeyTiles * kRowTiles * 4; ++i) {
       const int r = row + i / 4 / kKeyTiles * 8 + i % 2;
       const int j = key + i / 4 % kKeyTiles * 16 + i % 4 / 2 * 8;
       const uint32_t word =
           philox(seed, example.batch, example.kv_head * group + r % group, r / group, first_key + j);
-      dropped |= static_cast<uint32_t>(word < arguments.dropout_threshold) << i;
+      dropped |= static_cast<Bits>(word < arguments.dropout_threshold) << i;
     }
     return dropped;
   }

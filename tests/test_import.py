@@ -80,3 +80,16 @@ def test_public_names() -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(pk, "no_such_thing")
+
+
+def test_importing_costs_little() -> None:
+    output = run(
+        """
+import time
+import torch
+begin = time.process_time()
+import perceiver_kernels
+print(time.process_time() - begin)
+"""
+    )
+    assert float(output) < 0.15  # seconds of processor time: other programs don't count

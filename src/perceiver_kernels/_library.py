@@ -28,7 +28,7 @@ missing = _load()
 
 def _import_native() -> ModuleType | None:
     try:
-        return importlib.import_module("perceiver_kernels._native")
+        return importlib.import_module("._native", __package__)
     except ImportError:
         return None
 

@@ -16,7 +16,9 @@ _OPTIONS = (
     "Tensor? q_offsets, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, "
     "SymInt q_offset, bool is_causal, float scale, float softcap, float dropout_p, str backend"
 )
-_library: Any = torch.library.Library("perceiver_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_NAMESPACE = __package__.partition(".")[0]  # another where the package is loaded under another name
+_operators = getattr(torch.ops, _NAMESPACE)
+_library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 )
@@ -37,7 +39,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backend: str
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` from the named backend, differentiable. The caller has checked that it can serve."""
-    out, lse = torch.ops.perceiver_kernels.attention_forward(query, key, value, *spec.options(), backend)
+    out, lse = _operators.attention_forward(query, key, value, *spec.options(), backend)
     return out, lse
 
 
@@ -45,7 +47,7 @@ def segmented_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], spec: AttentionSpec, backend: str
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention` over the segments of ``keys`` and ``values`` together."""
-    out, lse = torch.ops.perceiver_kernels.segments_forward(query, keys, values, *spec.options(), backend)
+    out, lse = _operators.segments_forward(query, keys, values, *spec.options(), backend)
     return out, lse
 
 
@@ -60,7 +62,7 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)`` from ``(out, lse)``, be they of these keys or, for exact parts, of all keys merged."""
-    dq, dk, dv = torch.ops.perceiver_kernels.attention_backward(
+    dq, dk, dv = _operators.attention_backward(
         dout, dlse, query, key, value, *residuals, *spec.options(), backend
     )
     return dq, dk, dv
@@ -164,9 +166,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     if dout is None:
         dout = torch.zeros_like(out)
     if ctx.parts is None:
-        backward, (key, value) = torch.ops.perceiver_kernels.attention_backward, pairs
+        backward, (key, value) = _operators.attention_backward, pairs
     else:
-        backward = torch.ops.perceiver_kernels.segments_backward
+        backward = _operators.segments_backward
         key, value = pairs[: ctx.parts], pairs[ctx.parts :]
     gradients = backward(dout, dlse, query, key, value, out, lse, *tensors, *ctx.scalars)
     return (*gradients, *without_gradient)
@@ -182,7 +184,7 @@ for _name, _implementation, _fake in (
     ("segments_forward", _segments_forward, _segments_forward_fake),
     ("segments_backward", _segments_backward, _segments_backward_fake),
 ):
-    _name = f"perceiver_kernels::{_name}"
+    _name = f"{_NAMESPACE}::{_name}"
     torch.library.impl(_name, "CompositeExplicitAutograd", lib=_library)(_implementation)
     torch.library.register_fake(_name, _fake, lib=_library)
     if _name.endswith("forward"):

@@ -106,7 +106,6 @@ wheel: $(VENV)/.tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' \
 	  --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
-	$(BIN)/auditwheel show dist/*.whl
 	ls -l dist
 
 hub:

@@ -1,15 +1,22 @@
 """Builds the compiled libraries with CMake and Ninja; everything else is in pyproject.toml.
 
-Without a working compiler the package installs all the same: the pure PyTorch backends need none.
-Environment: PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out;
+Without a working compiler the package installs all the same: the pure PyTorch backends need none. The CUDA
+kernels are built where nvcc is. Environment:
+
+PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out.
+PERCEIVER_KERNELS_CUDA=require and =skip do the same for the CUDA kernels alone.
+PERCEIVER_KERNELS_CUDA_ARCHS=80,90-real says what they are compiled for, in CMake's words (native: this
+machine's GPU). By default 80, 90, 100 and 120, and PTX that newer GPUs compile for themselves.
 PERCEIVER_KERNELS_EMULATED_SET=1 adds kernels that run the AVX-512 code paths, slowly, on any processor, for
 tests; CI=1 makes compiler warnings errors.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,13 +35,27 @@ def _switch(variable: str) -> str:
     return "ON" if os.environ.get(variable) else "OFF"
 
 
+def _mode(variable: str) -> str:
+    mode = os.environ.get(variable, "auto")
+    if mode not in MODES:
+        raise SystemExit(f"{variable} must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+def _say(text: str) -> None:
+    print(f"perceiver_kernels: {text}", file=sys.stderr)
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
 class CMakeBuild(build_ext):
-    """One run of CMake that yields both libraries."""
+    """One CMake project that yields all libraries."""
 
     def run(self) -> None:
-        mode = os.environ.get("PERCEIVER_KERNELS_BUILD", "auto")
-        if mode not in MODES:
-            raise SystemExit(f"PERCEIVER_KERNELS_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
+        mode = _mode("PERCEIVER_KERNELS_BUILD")
         if mode == "skip":
             return
         try:
@@ -42,21 +63,23 @@ class CMakeBuild(build_ext):
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             if mode == "require":
                 raise
-            print(
-                f"perceiver_kernels: the compiled kernels were not built ({error}). "
-                "The sdpa and reference backends work; for the cpu backend, reinstall with a C++17 compiler.",
-                file=sys.stderr,
+            _say(
+                f"the compiled kernels were not built ({error}). The sdpa and reference backends work; "
+                "for the cpu backend, reinstall with a C++17 compiler."
             )
 
     def compile(self) -> None:
         import pybind11
         import torch
 
-        package = ROOT / "src" if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        in_place = self.inplace or self.editable_mode
+        package = (ROOT / "src" if in_place else Path(self.build_lib).resolve()) / "perceiver_kernels"
+        # In place, objects are kept, so that another build compiles only what has changed.
+        self.folder = (ROOT / "build" if in_place else Path(self.build_temp).resolve()) / "cmake"
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_INSTALL_PREFIX": package / "perceiver_kernels",
+            "CMAKE_INSTALL_PREFIX": package,
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": Path(torch.__file__).parent,
@@ -64,10 +87,51 @@ class CMakeBuild(build_ext):
             "PERCEIVER_KERNELS_EMULATED_SET": _switch("PERCEIVER_KERNELS_EMULATED_SET"),
             "PERCEIVER_KERNELS_WERROR": _switch("CI"),
         }
+        with_cuda = self.configure_cuda(options, torch.__version__)
+        if not with_cuda:
+            self.configure(options | {"PERCEIVER_KERNELS_CUDA": "OFF"})
+        self.build("kernels")
+        (package / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
+        if with_cuda:
+            self.try_cuda(lambda: self.build("cuda_kernels"))
+
+    def configure(self, options: dict[str, object]) -> None:
         flags = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags])
-        subprocess.check_call(["cmake", "--build", str(build)])
-        subprocess.check_call(["cmake", "--install", str(build)])
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja", *flags])
+
+    def build(self, target: str) -> None:
+        subprocess.check_call(["cmake", "--build", str(self.folder), "--target", target])
+        subprocess.check_call(["cmake", "--install", str(self.folder), "--component", target])
+
+    def configure_cuda(self, options: dict[str, object], torch_version: str) -> bool:
+        """Whether the project is now configured with the CUDA kernels."""
+        mode, nvcc = _mode("PERCEIVER_KERNELS_CUDA"), _nvcc()
+        reason = None
+        if nvcc is None:
+            reason = "nvcc was not found (PATH, CUDACXX, CUDA_HOME)"
+        elif tuple(map(int, torch_version.split(".")[:2])) < (2, 13):
+            reason = f"they need the headers of torch 2.13 or newer, this is {torch_version}"
+        if mode == "skip" or reason is not None:
+            if mode == "require":
+                raise SystemExit(f"PERCEIVER_KERNELS_CUDA=require, but {reason}")
+            _say(f"the CUDA kernels are not built: {reason or 'PERCEIVER_KERNELS_CUDA=skip'}")
+            return False
+        chosen = {
+            "PERCEIVER_KERNELS_CUDA": "ON",
+            "PERCEIVER_KERNELS_CUDA_ARCHS": os.environ.get("PERCEIVER_KERNELS_CUDA_ARCHS", ""),
+            "CMAKE_CUDA_COMPILER": nvcc,
+        }
+        return self.try_cuda(lambda: self.configure(options | chosen))
+
+    def try_cuda(self, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except subprocess.CalledProcessError as error:
+            if _mode("PERCEIVER_KERNELS_CUDA") == "require":
+                raise
+            _say(f"the CUDA kernels were not built ({error}); everything else works without them")
+            return False
+        return True
 
     def get_outputs(self) -> list[str]:
         return []

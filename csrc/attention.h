@@ -34,14 +34,16 @@ struct Attention {
   int64_t key_mask_batch_stride = 0;
   int64_t key_mask_stride = 1;
 
-  const int64_t* cu_seqlens_q = nullptr;  // (batch + 1,), the packed form
+  const int64_t* cu_seqlens_q = nullptr;  // (batch + 1,), the packed form: queries and keys count all rows
   const int64_t* cu_seqlens_k = nullptr;
+  int64_t longest_queries = 0, longest_keys = 0;  // of one sequence, packed; only GPUs need to be told
 
   double scale;
   double softcap;    // 0: none
   double dropout_p;  // 0: none
   uint64_t dropout_seed = 0;
   int64_t dropout_first_key = 0;  // what key 0 is called in the dropout counter
+  const int64_t* dropout_seed_at = nullptr;  // the two in the device's memory, for GPUs
 };
 
 struct AttentionGradient {

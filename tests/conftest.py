@@ -119,13 +119,14 @@ def refusal(backend: str, case: Case, dtype: torch.dtype = torch.float32) -> str
     What each backend may refuse is written here and nowhere else.
     """
     dims = (case.D, case.Dv)
+    eighths = {
+        f"head dim {dim}; the kernels take multiples of 8 up to 256": dim % 8 != 0 or dim > 256
+        for dim in dims
+    }
     refused: dict[str, dict[str, bool]] = {
         "cpu": {f"head dim {dim}; the kernels take up to 512": dim > 512 for dim in dims},
-        "triton": {"float64": dtype == torch.float64}
-        | {
-            f"head dim {dim}; the kernels take multiples of 8 up to 256": dim % 8 != 0 or dim > 256
-            for dim in dims
-        },
+        "cuda": {"the kernels take bfloat16 and float16": dtype.itemsize > 2} | eighths,
+        "triton": {"float64": dtype == torch.float64} | eighths,
         "sdpa": {
             "has no soft cap": bool(case.softcap),
             "other bits than the contract's Philox": bool(case.dropout_p),
@@ -136,4 +137,5 @@ def refusal(backend: str, case: Case, dtype: torch.dtype = torch.float32) -> str
 
 def finest(backend: str) -> torch.dtype:
     """The widest dtype that ``backend`` serves."""
-    return torch.float32 if refusal(backend, BY_NAME["ragged"], torch.float64) else torch.float64
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    return next(dtype for dtype in dtypes if refusal(backend, BY_NAME["ragged"], dtype) is None)

@@ -52,7 +52,7 @@ def test_one_thread_or_two(backend: str, dtype: torch.dtype, case: Case) -> None
 def test_an_example_does_not_know_of_the_others(
     backend: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PERCEIVER_KERNELS_TRITON_SPLITS", "3")  # else its split fills the device
+    monkeypatch.setenv("PERCEIVER_KERNELS_SPLITS", "3")  # else its split fills the device
     inputs = make_inputs(BY_NAME[name], torch.float32)
 
     def first(tensor: torch.Tensor) -> torch.Tensor:

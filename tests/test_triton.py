@@ -12,8 +12,9 @@ import torch
 from conftest import DEVICE, USABLE
 
 import perceiver_kernels as pk
+from perceiver_kernels import cache
 from perceiver_kernels.backends import triton as backend
-from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, parts
+from perceiver_kernels.backends.triton.configs import Config, Device, head_parts
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
 
@@ -22,6 +23,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from perceiver_kernels.backends.triton import launch, tuning  # noqa: E402
 from perceiver_kernels.backends.triton.compile import compile_launch  # noqa: E402
 from perceiver_kernels.spec import empty_gradients, empty_outputs  # noqa: E402
+from perceiver_kernels.splits import VARIABLE as SPLITS  # noqa: E402
 
 runs = pytest.mark.skipif("triton" not in USABLE, reason="needs a GPU, or TRITON_INTERPRET=1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -80,25 +82,12 @@ def test_head_parts(dim: int, longest: int) -> None:
     assert first + second < 2 * max(dim, 16)
 
 
-def test_split_rule_fills_the_device_and_no_more() -> None:
-    assert parts(216, 256, 216, 5) == 1  # one full wave needs no split
-    assert parts(64, 256, 216, 5) == 3  # 192 programs, one wave: 8 % more of it isn't worth seven more parts
-    assert parts(8, 2048, 216, 1) == 27
-    assert 128 <= parts(1, 8192, 132, 1) <= 132
-    assert parts(1, 3, 132, 5) == 1  # three blocks are sooner done than merged
-    assert parts(1, 12, 132, 1) == 12  # never more than there are blocks
-    assert parts(5, 0, 132, 1) == 1
-    for programs in (1, 3, 8, 64, 500):
-        count = parts(programs, 1024, 132, 1)
-        assert programs * count > 0.8 * 132 * -(-programs * count // 132), programs
-
-
 @runs
 @pytest.mark.parametrize("splits", ["1", "2", "5", "100"])
 def test_splits_set_by_the_user(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(CASE, torch.float32)
     want = inputs.run("reference")
-    monkeypatch.setenv(launch.SPLITS, splits)
+    monkeypatch.setenv(SPLITS, splits)
     got = inputs.run("triton")
     for name in want:
         torch.testing.assert_close(got[name], want[name])
@@ -106,14 +95,14 @@ def test_splits_set_by_the_user(splits: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("splits", ["-1", "two", "²"])
 def test_a_bad_number_of_splits_is_an_error(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(launch.SPLITS, splits)
-    with pytest.raises(ValueError, match=f"^{launch.SPLITS} must be a number of splits, .* got '{splits}'$"):
+    monkeypatch.setenv(SPLITS, splits)
+    with pytest.raises(ValueError, match=f"^{SPLITS} must be a number of splits, .* got '{splits}'$"):
         launches(CASE, torch.float16, Config(64, 32, 4, 2), Device("sm_80", 108))
 
 
 def test_fixed_splits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "SLAB_BYTES", 1)  # nor on the room for slabs
-    monkeypatch.setenv(launch.SPLITS, "4")
+    monkeypatch.setenv(SPLITS, "4")
     config, device = Config(64, 32, 4, 2), Device("sm_80", 108)
     one, many = (launches(Case("b", b, 4, 4, 33, 900), torch.float16, config, device) for b in (1, 64))
     for a, b in zip(one, many, strict=True):
@@ -187,7 +176,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
     monkeypatch.setattr(tuning, "_time", measure)
     monkeypatch.setattr(tuning, "_measurable", lambda: True)
     monkeypatch.setattr(tuning, "_read", {})
-    monkeypatch.setenv(tuning.CACHE, str(tmp_path))
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path))
     return seen
 
 
@@ -254,7 +243,7 @@ def test_what_cannot_be_measured_takes_the_default(
 
 
 def test_an_unwritable_cache_is_a_warning(measured: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuning.CACHE, "/proc/none")
+    monkeypatch.setenv(cache.FOLDER, "/proc/none")
     with pytest.warns(UserWarning, match="can't be remembered"):
         tuning.tuned("forward", problem(), Device("sm_80", 108), Config(64, 64, 4, 2), lambda config: None)
 

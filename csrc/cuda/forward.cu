@@ -24,6 +24,7 @@ const ForwardKernel kManyRows[] = {
     compiled<ForwardTile<Element, 128, 128, 64, 4, 1, 1, false>, kHasScore>(),
     compiled<ForwardTile<Element, 192, 128, 64, 8, 1, 1, true>, kHasScore>(),
     compiled<ForwardTile<Element, 256, 128, 64, 8, 1, 1, false>, kHasScore>(),
+    compiled<ForwardTile<Element, 256, 64, 64, 4, 1, 1, false>, kHasScore>(),  // 99 KiB: sm_86, sm_89, sm_120
 };
 
 // Decode: memory binds, so the options cost nothing and four warps share a few rows.
@@ -38,24 +39,25 @@ const ForwardKernel kFewRows[] = {
 };
 
 template <int kTiles>
-const ForwardKernel* serving(const ForwardKernel (&kernels)[kTiles], int dim) {
+const ForwardKernel* serving(const ForwardKernel (&kernels)[kTiles], int dim, int shared_limit) {
   for (const ForwardKernel& kernel : kernels) {
-    if (dim <= kernel.dim) return &kernel;
+    if (dim <= kernel.dim && kernel.shared_bytes <= shared_limit) return &kernel;
   }
   return nullptr;
 }
 
 template <class Element>
-const ForwardKernel* forward_kernel(int dim, int64_t rows, bool has_score) {
-  if (rows <= kFewRows<Element>[0].block_m) return serving(kFewRows<Element>, dim);
-  return has_score ? serving(kManyRows<Element, true>, dim) : serving(kManyRows<Element, false>, dim);
+const ForwardKernel* forward_kernel(int dim, int64_t rows, bool has_score, int shared_limit) {
+  if (rows <= kFewRows<Element>[0].block_m) return serving(kFewRows<Element>, dim, shared_limit);
+  return has_score ? serving(kManyRows<Element, true>, dim, shared_limit)
+                   : serving(kManyRows<Element, false>, dim, shared_limit);
 }
 
 }  // namespace
 
-const ForwardKernel* forward_kernel(DType dtype, int dim, int64_t rows, bool has_score) {
-  return dtype == DType::kFloat16 ? forward_kernel<__half>(dim, rows, has_score)
-                                  : forward_kernel<__nv_bfloat16>(dim, rows, has_score);
+const ForwardKernel* forward_kernel(DType dtype, int dim, int64_t rows, bool has_score, int shared_limit) {
+  return dtype == DType::kFloat16 ? forward_kernel<__half>(dim, rows, has_score, shared_limit)
+                                  : forward_kernel<__nv_bfloat16>(dim, rows, has_score, shared_limit);
 }
 
 CombineKernel combine_kernel(DType dtype) {

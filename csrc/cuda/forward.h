@@ -53,9 +53,9 @@ struct ForwardKernel {
   void (*kernel)(ForwardArguments);
 };
 
-// The one for this many packed rows, queries * group; null beyond a head dim of 256. has_score: softcap or
-// dropout.
-const ForwardKernel* forward_kernel(DType dtype, int dim, int64_t rows, bool has_score);
+// The one for this many packed rows, queries * group; null beyond a head dim of 256, or where a block may not
+// have the shared memory. has_score: softcap or dropout.
+const ForwardKernel* forward_kernel(DType dtype, int dim, int64_t rows, bool has_score, int shared_limit);
 
 using CombineKernel = void (*)(CombineArguments);  // grid: rows / 4, rounded up, of 128 threads
 CombineKernel combine_kernel(DType dtype);

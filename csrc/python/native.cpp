@@ -44,7 +44,6 @@ py::dict build_info() {
   info["version"] = PK_VERSION;
   info["compiled"] = compiled;
   info["isa"] = instruction_set().name;
-  info["cuda_archs"] = py::list();
   return info;
 }
 

@@ -1,4 +1,4 @@
-"""The compiled libraries: ``_C`` (torch operators) and ``_native`` (build facts, probes, internals)."""
+"""The compiled libraries: ``_C``, ``_C_cuda`` (operators), ``_native`` (build facts, probes, internals)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from types import ModuleType
 
 import torch
 
-_HOW_TO_BUILD = "install a C++17 compiler and reinstall with `pip install --no-build-isolation .`"
+_REINSTALL = "reinstall with `pip install --no-build-isolation .`"
 
 
-def _load() -> str | None:
-    path = Path(__file__).with_name("_C.so")
+def _load(name: str, kernels: str, needs: str) -> str | None:
+    """None when the operators of a library are there, else why not and what to do about it."""
+    path, how = Path(__file__).with_name(name), f"install {needs} and {_REINSTALL}"
     if not path.exists():
-        return f"the package was installed without its compiled kernels; {_HOW_TO_BUILD}"
+        return f"the package was installed without its compiled {kernels}; {how}"
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"{path.name} does not load with torch {torch.__version__} ({error}); {_HOW_TO_BUILD}"
+        return f"{path.name} does not load with torch {torch.__version__} ({error}); {how}"
     return None
 
 
-missing = _load()
-"""None when the operators of ``_C`` are there, else why not and what to do about it."""
+missing = _load("_C.so", "kernels", "a C++17 compiler")
+cuda_missing = _load("_C_cuda.so", "CUDA kernels", "the CUDA toolkit (nvcc), torch 2.13 or newer,")
 
 
 def _import_native() -> ModuleType | None:

@@ -7,20 +7,44 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends import cpu, reference, sdpa, triton
+from perceiver_kernels import tuned
+from perceiver_kernels.backends import cpu, cuda, reference, sdpa, triton
 from perceiver_kernels.spec import AttentionSpec, describe
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "sdpa": sdpa, "reference": reference}
-"""Every backend by name; ``backend=None`` takes the first that can serve, in this order."""
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "sdpa": sdpa,
+    "reference": reference,
+}
+"""Every backend by name; :func:`order` says which goes first where."""
+
+# Their tensor cores reach their peak by instructions that Triton's kernels use and the CUDA ones don't.
+_TRITON_FIRST = ((9, 0), (10, 0), (10, 3))
+
+
+def order(device: torch.device) -> list[str]:
+    """The backends' names in the order in which ``backend=None`` tries them on ``device``, before tuning."""
+    names = list(BACKENDS)
+    if (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device) in _TRITON_FIRST
+    ):
+        names.remove("triton")
+        names.insert(names.index("cuda"), "triton")
+    return names
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """What can run on ``device`` on this machine.
 
     Returns: for each backend, in the order in which ``backend=None`` tries them, None if it can run, else the
-    reason why it can't and what to do about it.
+    reason why it can't and what to do about it. What ``perceiver-kernels tune`` found goes before this order.
     """
-    return {name: BACKENDS[name].unavailable(torch.device(device)) for name in BACKENDS}
+    device = torch.device(device)
+    return {name: BACKENDS[name].unavailable(device) for name in order(device)}
 
 
 def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str:
@@ -28,13 +52,20 @@ def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec:
 
     Raises ``ValueError`` with every reason when the named backend, or none of them, can.
     """
-    if backend is not None:
+    if backend is None:
+        names = order(query.device)
+        fastest = tuned.chosen(query, key, value, spec)
+        if fastest in names:
+            names.remove(fastest)
+            names.insert(0, fastest)
+    else:
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, got {backend!r}")
+        names = [backend]
     refusals = []
-    for name in BACKENDS if backend is None else (backend,):
+    for name in names:
         reasons = _reasons(name, query, key, value, spec)
         if not reasons:
             return name

@@ -14,21 +14,11 @@ from typing import Any
 import torch
 
 from perceiver_kernels import __version__
-from perceiver_kernels._library import missing, native
+from perceiver_kernels._library import cuda_missing, missing, native
 from perceiver_kernels.cli import gpu
+from perceiver_kernels.tuned import cpu_model
 
 PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def cpu_model() -> str:
-    """The processor's name, or its architecture where the system gives none (many aarch64 machines)."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -60,8 +50,11 @@ def commit() -> str | None:
 
 
 def build() -> dict[str, Any]:
-    """What the compiled library was built for, and which instruction set this machine uses; {} without it."""
-    return dict(native.build_info()) if missing is None and native is not None else {}
+    """What the compiled libraries were built for, and which instruction set this machine uses; {} without."""
+    if missing is not None or native is None:
+        return {}
+    archs = torch.ops.perceiver_kernels.cuda_archs().split() if cuda_missing is None else []
+    return {**native.build_info(), "cuda_archs": archs}
 
 
 def machine() -> dict[str, Any]:

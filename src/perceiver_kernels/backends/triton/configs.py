@@ -1,8 +1,7 @@
-"""Which tile a kernel takes, and into how many parts keys are split: pure functions of shape and device."""
+"""Which tile a kernel takes: pure functions of shape and device."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -174,19 +173,3 @@ def _family(dtype: torch.dtype, arch: str) -> str:
 
 def _serving(table: dict[int, Config], head_dim: int) -> Config:
     return next(config for longest, config in table.items() if head_dim <= longest)
-
-
-@functools.lru_cache(maxsize=1024)
-def parts(programs: int, key_blocks: int, slots: int, merge: int) -> int:
-    """Into how many runs of key blocks the work of each program is cut, to fill ``slots`` programs at a time.
-
-    Takes the number that minimises the time of the waves, counted in key blocks: each program pays two for
-    its start and end, and ``merge`` for what it leaves to be merged where there are several. Of equals the
-    fewest.
-    """
-
-    def cost(count: int) -> int:
-        waves = -(-programs * count // slots)
-        return waves * (-(-key_blocks // count) + 2 + (merge if count > 1 else 0))
-
-    return min(range(1, max(1, min(key_blocks, 4 * slots)) + 1), key=cost)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
-from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, padded, parts
+from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, padded
 from perceiver_kernels.spec import AttentionSpec
+from perceiver_kernels.splits import fixed, forward_splits, parts
 
-SPLITS = "PERCEIVER_KERNELS_TRITON_SPLITS"
 SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
-MAX_SPLITS = 65535  # of a grid's second dimension
 _FORWARD_PART, _BACKWARD_PART = (
     64,
     256,
@@ -164,17 +162,8 @@ def forward_launches(
     spec = problem.spec
     row_blocks, key_blocks = -(-problem.rows // config.block_m), -(-problem.N // config.block_n)
     programs = row_blocks * problem.B * problem.Hkv
-    splits = min(
-        _fixed_parts()
-        or parts(
-            programs,
-            key_blocks,
-            device.processors * config.programs,
-            merge=1 + 2 * min(problem.rows, config.block_m) // config.block_n,
-        ),
-        max(key_blocks, 1),
-        MAX_SPLITS,
-    )
+    merge = 1 + 2 * min(problem.rows, config.block_m) // config.block_n
+    splits = forward_splits(programs, key_blocks, device.processors * config.programs, merge)
     if splits == 1:
         part, part_lse = out, lse
     else:
@@ -224,14 +213,6 @@ def _part_strides(part: Tensor) -> dict[str, int]:
     return {"stride_ob": b, "stride_oh": part.stride(-3), "stride_om": part.stride(-2)}
 
 
-def _fixed_parts() -> int:
-    """The user's own number of parts, the same for every call; 0 lets :func:`configs.parts` choose."""
-    text = os.environ.get(SPLITS) or "0"
-    if not text.isdecimal():
-        raise ValueError(f"{SPLITS} must be a number of splits, or 0 for the default rule, got {text!r}")
-    return int(text)
-
-
 def backward_launches(
     problem: Problem, dout: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
     out: Tensor, lse: Tensor, gradients: tuple[Tensor, Tensor, Tensor], device: Device, config: Config,
@@ -264,7 +245,7 @@ def backward_launches(
     dims = sum(head_parts(problem.D, _BACKWARD_PART))
     fitting = max(1, SLAB_BYTES // max(tiles * tile * dims * 4, 1))
     filling = parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs, merge=1)
-    runs = min(_fixed_parts() or min(filling, fitting), max(key_blocks, 1))
+    runs = min(fixed() or min(filling, fitting), max(key_blocks, 1))
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
     yield Launch(

@@ -9,9 +9,7 @@ cache folder.
 from __future__ import annotations
 
 import functools
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import astuple, replace
@@ -21,12 +19,12 @@ from typing import Any
 import torch
 import triton
 
+from perceiver_kernels import cache
 from perceiver_kernels._version import __version__
 from perceiver_kernels.backends.triton.configs import Config, Device
 from perceiver_kernels.backends.triton.launch import Problem
 
 TUNE = "PERCEIVER_KERNELS_TRITON_TUNE"
-CACHE = "PERCEIVER_KERNELS_CACHE"
 
 
 def enabled() -> bool:
@@ -103,9 +101,7 @@ def _key(kind: str, problem: Problem) -> str:
 
 
 def _cache_file(device: Device) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get(CACHE) or Path(cache, "perceiver_kernels")
-    return Path(folder, f"{__version__}-triton-{triton.__version__}-{device.arch}-{device.processors}.json")
+    return cache.path(f"{__version__}-triton-{triton.__version__}-{device.arch}-{device.processors}.json")
 
 
 _read: dict[Path, dict[str, Config]] = {}  # what this process has read or written
@@ -118,24 +114,16 @@ def _known(path: Path) -> dict[str, Config]:
 
 
 def _load(path: Path) -> dict[str, Config]:
-    try:
-        content = json.loads(path.read_text())
+    def parse(content: Any) -> dict[str, Config]:
         return {str(key): Config(*map(int, sizes)) for key, sizes in content.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        warnings.warn(f"{path} can't be read ({error}); configurations are measured again", stacklevel=4)
-        return {}
+
+    return cache.load(path, parse, "configurations are measured again")
 
 
 def _store(path: Path, key: str, config: Config) -> None:
-    """Into the file, whole or not at all: other processes may read and write it at the same time."""
     _known(path)[key] = config
+    entries = _load(path) | _known(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            entries = _load(path) | _known(path)
-            json.dump({name: astuple(entry) for name, entry in entries.items()}, file, indent=1)
-        os.replace(file.name, path)
+        cache.store(path, {name: astuple(entry) for name, entry in entries.items()})
     except OSError as error:
         warnings.warn(f"the fastest configuration can't be remembered in {path} ({error})", stacklevel=3)

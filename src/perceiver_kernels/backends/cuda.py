@@ -1,0 +1,181 @@
+"""CUDA C++ kernels for NVIDIA GPUs: tensor cores, keys split over the whole GPU, nothing of size M x N.
+
+Their rows begin at multiples of 16 bytes; a tensor whose rows don't is copied first.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import _library
+from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_outputs
+from perceiver_kernels.splits import forward_splits
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16)
+_SYSTEM_SHARED = 1024  # bytes of shared memory that every block costs beside its own
+_ops = torch.ops.perceiver_kernels
+
+
+@dataclass(frozen=True)
+class Device:
+    """What tiles and splits depend on: a GPU's processors, and their shared memory in bytes."""
+
+    processors: int
+    shared_per_block: int
+    shared_per_processor: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts a problem up: packed rows and keys of a block, threads, bytes of shared memory."""
+
+    block_m: int
+    block_n: int
+    threads: int
+    shared_bytes: int
+
+    def per_processor(self, device: Device) -> int:
+        """How many blocks a processor holds at a time: registers for 8 warps, and shared memory."""
+        by_registers = max(1, 8 * 32 // self.threads)
+        return max(1, min(by_registers, device.shared_per_processor // (self.shared_bytes + _SYSTEM_SHARED)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of a call; packed, ``batch`` counts sequences, ``queries`` and ``keys`` are the longest's."""
+
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    value_dim: int
+    has_score: bool  # soft cap or dropout
+
+    @property
+    def rows(self) -> int:
+        """Rows that share each load of a key: the packed rows of one key head."""
+        return self.queries * (self.heads // self.kv_heads)
+
+
+def make_problem(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Problem:
+    """The sizes of a call. Packed, it reads the lengths, which waits for the GPU."""
+    if spec.cu_seqlens_q is None or spec.cu_seqlens_k is None:
+        batch, heads, queries, dim = query.shape
+        kv_heads, keys = key.shape[1:3]
+    else:
+        batch, heads, kv_heads, dim = len(spec.cu_seqlens_q) - 1, query.shape[1], key.shape[1], query.shape[2]
+        queries, keys = (
+            int(lengths.diff().max()) if batch else 0 for lengths in (spec.cu_seqlens_q, spec.cu_seqlens_k)
+        )
+    has_score = spec.softcap > 0.0 or spec.dropout_p > 0.0
+    return Problem(query.dtype, batch, heads, kv_heads, queries, keys, dim, value.shape[-1], has_score)
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_tile(problem: Problem, device: Device) -> Tile:
+    """The tile of the forward kernel that serves a problem."""
+    sizes = _ops.cuda_forward_tile(
+        problem.dtype,
+        max(problem.dim, problem.value_dim),
+        problem.rows,
+        problem.has_score,
+        device.shared_per_block,
+    )
+    return Tile(*sizes)
+
+
+def plan_forward(problem: Problem, device: Device) -> tuple[Tile, int]:
+    """The tile, and into how many splits the keys go: a pure function of shape, device and environment."""
+    tile = forward_tile(problem, device)
+    row_blocks, key_blocks = -(-problem.rows // tile.block_m), -(-problem.keys // tile.block_n)
+    slots = device.processors * tile.per_processor(device)
+    merge = 1 + 2 * min(problem.rows, tile.block_m) // tile.block_n
+    return tile, forward_splits(row_blocks * problem.batch * problem.kv_heads, key_blocks, slots, merge)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None where this backend can run on ``device``, else the reason and what to do about it."""
+    if device.type != "cuda":
+        return f"runs on cuda tensors, not on {device.type}"
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs; this torch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 (A100, RTX 30) or newer"
+    return _library.cuda_missing or _obstacle(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _obstacle(device: torch.device) -> str | None:
+    """Why the kernels that were built don't run there: an old driver, or code for other GPUs."""
+    try:
+        _device(device)
+    except RuntimeError as error:
+        archs, name = _ops.cuda_archs(), torch.cuda.get_device_name(device)
+        return f"the kernels, built for {archs}, don't run on {name}: {str(error).splitlines()[0]}"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _device(device: torch.device) -> Device:
+    return Device(*_ops.cuda_device(-1 if device.index is None else device.index))
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
+    """Every reason why this backend can't serve the call."""
+    reasons = [
+        f"{name} has head dim {tensor.shape[-1]}; the kernels take multiples of 8 up to {MAX_HEAD_DIM}"
+        for name, tensor in (("query", query), ("value", value))
+        if tensor.shape[-1] % 8 or tensor.shape[-1] > MAX_HEAD_DIM
+    ]
+    if query.dtype not in DTYPES:
+        reasons.append(
+            f"query is {dtype_name(query.dtype)}; the kernels take bfloat16 and float16: tensor cores would "
+            "round anything wider"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        reasons.append("a gradient is wanted; these kernels compute none")
+    queries, keys = (query.shape[0], key.shape[0]) if spec.is_packed else (query.shape[2], key.shape[2])
+    if queries * (query.shape[1] // key.shape[1]) + keys >= 2**31:
+        reasons.append("rows of one key head and keys together are counted in 31 bits")
+    return reasons
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, laid out as :func:`perceiver_kernels.spec.empty_outputs` says."""
+    out, lse = empty_outputs(query, value)
+    query, key, value = (_aligned(tensor) for tensor in (query, key, value))
+    problem, device = make_problem(query, key, value, spec), _device(query.device)
+    _, splits = plan_forward(problem, device)
+    parts = part_lses = None
+    if splits > 1:
+        part_lses = lse.new_empty((splits, *lse.shape))
+        parts = lse.new_empty((*part_lses.shape, problem.value_dim))
+    _ops.cuda_forward(
+        query, key, value, *spec.options(), problem.queries, problem.keys, device.shared_per_block, parts,
+        part_lses, out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, with contiguous channels and rows that begin at multiples of 16 bytes."""
+    places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    begins = tensor.data_ptr() % 16 == 0 and all(size == 1 or stride % 8 == 0 for size, stride in places)
+    if tensor.stride(-1) == 1 and begins:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def backward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Refused above."""
+    raise NotImplementedError("the cuda backend computes no gradients")

@@ -1,0 +1,51 @@
+"""Where measured choices are remembered: ``PERCEIVER_KERNELS_CACHE``, else a folder in the user's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+FOLDER = "PERCEIVER_KERNELS_CACHE"
+
+
+def path(name: str) -> Path:
+    """The file of this name in the cache's folder, whether or not it exists."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(FOLDER) or Path(user, "perceiver_kernels"), name)
+
+
+def store(file: Path, content: Any) -> None:
+    """JSON into the file, whole or not at all: other processes may read and write it at the same time.
+
+    Raises OSError where it can't be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as temporary:
+        json.dump(content, temporary, indent=1)
+    os.replace(temporary.name, file)
+
+
+def load(file: Path, parse: Callable[[Any], T], consequence: str) -> T:
+    """What ``parse`` makes of the file's JSON, or of {}: where there is no file, or, warning that ends in
+    ``consequence``, where it is broken."""
+    try:
+        return parse(json.loads(file.read_text()))
+    except FileNotFoundError:
+        pass
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+    ) as error:
+        warnings.warn(f"{file} can't be read ({error}); {consequence}", stacklevel=3)
+    return parse({})

@@ -1,0 +1,114 @@
+"""A GPU made of the PTX machine: the package's own host code, Python and C++, launches kernels on it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels.backends import cuda
+
+from .machine import launch
+from .nvcc_ptx import NVCC
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """recorder.cpp with the kernels, which it never runs, loaded as torch.ops.recorded_kernels."""
+    assert NVCC is not None, "nvcc is not installed"
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "recorder.so"
+        command = [
+            NVCC, "-shared", "-cudart", "none", "-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+            "-gencode", "arch=compute_80,code=compute_80", "-DTORCH_TARGET_VERSION=0x020d000000000000",
+            f"-I{CSRC}", f"-I{torch_folder}/include", str(Path(__file__).with_name("recorder.cpp")),
+            *map(str, SOURCES), f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(target),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed:\n{done.stderr}")
+        torch.ops.load_library(str(target))
+        return ctypes.CDLL(str(target))
+
+
+class Recorder:
+    """Stands in for ``torch.ops.perceiver_kernels`` in the backend: its ops, on CPU tensors."""
+
+    def __init__(self, entries: dict[str, str]) -> None:
+        self.entries = entries  # PTX by kernel
+        self.launches: list[tuple[str, tuple[int, int], int, int]] = []  # kernel, grid, threads, shared bytes
+        self.error = 0  # what the next launch returns
+        self._tensors: dict[int, Tensor] = {}
+        self._problem: BaseException | None = None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op = getattr(torch.ops.recorded_kernels, name)
+
+        def call(*arguments: Any) -> Any:
+            tensors = (each for each in arguments if isinstance(each, Tensor))
+            self._tensors = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
+            try:
+                return op(*arguments)
+            finally:
+                if self._problem is not None:
+                    raise self._problem
+
+        return call
+
+    def run(self, kernel: bytes, x: int, y: int, threads: int, arguments: int, shared: int) -> int:
+        try:
+            self.launches.append((kernel.decode(), (x, y), threads, shared))
+            if self.error:
+                return self.error
+            ptx = self.entries[kernel.decode()]
+            (size,) = map(int, re.findall(r"\.param .*\.b8 \w+_param_0\[(\d+)\]", ptx))
+            launch(ptx, kernel.decode(), (x, y), threads, [self._fields(arguments, size)], shared=shared)
+        except BaseException as problem:
+            self._problem = problem
+        return 0
+
+    def _fields(self, address: int, size: int) -> tuple[Any, ...]:
+        """A struct with its pointers replaced by the tensors that they point to."""
+        words = [ctypes.string_at(address + at, 8) for at in range(0, size, 8)]
+        return tuple(self._tensors.get(int.from_bytes(word, "little"), word) for word in words)
+
+
+@contextmanager
+def recorded(entries: dict[str, str], processors: int, shared_per_block: int = 166912) -> Iterator[Recorder]:
+    """The cuda backend on CPU tensors, on a GPU with so many processors."""
+    library, recorder = _library(), Recorder(entries)
+    callback = _CALLBACK(recorder.run)
+    library.record(callback)
+    library.pretend(processors, shared_per_block, 0)
+    before = cuda._ops
+    cuda._ops = recorder
+    for cached in (cuda._device, cuda.forward_tile):
+        cached.cache_clear()
+    try:
+        yield recorder
+    finally:
+        cuda._ops = before
+        for cached in (cuda._device, cuda.forward_tile):
+            cached.cache_clear()

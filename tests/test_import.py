@@ -52,9 +52,10 @@ except ValueError as error:
     lines = output.splitlines()
     reason = "the package was installed without its compiled kernels; install a C++17 compiler and reinstall"
     assert lines[0].startswith(f"cpu {reason}")
-    assert lines[1].startswith("triton triton is not installed; `pip install 'perceiver-kernels[triton]'`")
-    assert lines[2:4] == ["sdpa None", "reference None"]
-    assert lines[4].startswith(f"  cpu: {reason}")
+    assert lines[1] == "cuda runs on cuda tensors, not on cpu"
+    assert lines[2].startswith("triton triton is not installed; `pip install 'perceiver-kernels[triton]'`")
+    assert lines[3:5] == ["sdpa None", "reference None"]
+    assert lines[5].startswith(f"  cpu: {reason}")
 
 
 def test_importing_loads_no_layers_no_compiler_and_no_kernels() -> None:
@@ -74,7 +75,7 @@ def test_public_names() -> None:
     for name in pk.__all__:
         assert getattr(pk, name) is not None
     assert pk.__version__.count(".") == 2
-    assert list(pk.available_backends()) == ["cpu", "triton", "sdpa", "reference"]
+    assert list(pk.available_backends()) == ["cpu", "cuda", "triton", "sdpa", "reference"]
     assert pk.available_backends("meta") != pk.available_backends("cpu")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import cache
+from perceiver_kernels._compile import constant_result
 from perceiver_kernels._version import __version__
 from perceiver_kernels.spec import AttentionSpec, dtype_name
 
@@ -77,7 +78,7 @@ def chosen(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> st
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def processor(device: torch.device) -> str:
     """What timings depend on: the name of a GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()

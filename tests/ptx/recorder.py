@@ -17,10 +17,10 @@ from torch import Tensor
 
 from perceiver_kernels.backends import cuda
 
+from .cuda_kernels import CSRC, entries
 from .machine import launch
 from .nvcc_ptx import NVCC
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -41,8 +41,9 @@ def _library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "recorder.so"
         command = [
-            NVCC, "-shared", "-cudart", "none", "-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-            "-gencode", "arch=compute_80,code=compute_80", "-DTORCH_TARGET_VERSION=0x020d000000000000",
+            NVCC, "-shared", "-cudart", "none", "-std=c++17", "-O1", "-Xcompiler",
+            "-fPIC,-fvisibility=hidden", "-gencode", "arch=compute_80,code=compute_80",
+            "-DTORCH_TARGET_VERSION=0x020d000000000000",
             f"-I{CSRC}", f"-I{torch_folder}/include", str(Path(__file__).with_name("recorder.cpp")),
             *map(str, SOURCES), f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(target),
         ]  # fmt: skip
@@ -56,8 +57,7 @@ def _library() -> ctypes.CDLL:
 class Recorder:
     """Stands in for ``torch.ops.perceiver_kernels`` in the backend: its ops, on CPU tensors."""
 
-    def __init__(self, entries: dict[str, str]) -> None:
-        self.entries = entries  # PTX by kernel
+    def __init__(self) -> None:
         self.launches: list[tuple[str, tuple[int, int], int, int]] = []  # kernel, grid, threads, shared bytes
         self.error = 0  # what the next launch returns
         self._tensors: dict[int, Tensor] = {}
@@ -82,7 +82,7 @@ class Recorder:
             self.launches.append((kernel.decode(), (x, y), threads, shared))
             if self.error:
                 return self.error
-            ptx = self.entries[kernel.decode()]
+            ptx = next(found[kernel.decode()] for found in map(entries, SOURCES) if kernel.decode() in found)
             (size,) = map(int, re.findall(r"\.param .*\.b8 \w+_param_0\[(\d+)\]", ptx))
             launch(ptx, kernel.decode(), (x, y), threads, [self._fields(arguments, size)], shared=shared)
         except BaseException as problem:
@@ -96,9 +96,9 @@ class Recorder:
 
 
 @contextmanager
-def recorded(entries: dict[str, str], processors: int, shared_per_block: int = 166912) -> Iterator[Recorder]:
+def recorded(processors: int, shared_per_block: int = 166912) -> Iterator[Recorder]:
     """The cuda backend on CPU tensors, on a GPU with so many processors."""
-    library, recorder = _library(), Recorder(entries)
+    library, recorder = _library(), Recorder()
     callback = _CALLBACK(recorder.run)
     library.record(callback)
     library.pretend(processors, shared_per_block, 0)

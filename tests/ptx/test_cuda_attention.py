@@ -35,6 +35,7 @@ from ptx.mutate import mutants, score
 
 SOURCE = CSRC / "cuda" / "forward.cu"
 BF16, F16 = torch.bfloat16, torch.float16
+A100, RTX_4090 = 163 << 10, 99 << 10  # bytes of shared memory that a block may have
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def forward_kernels() -> list[Kernel]:
     return [parse_name(name) for name in entries(SOURCE) if "attention_forward" in name]
 
 
-def forward_kernel(dtype: torch.dtype, dim: int, rows: int, has_score: bool) -> Kernel:
+def forward_kernel(
+    dtype: torch.dtype, dim: int, rows: int, has_score: bool, shared_limit: int = A100
+) -> Kernel:
     """As forward_kernel() in forward.cu chooses."""
     few = rows <= 16
     serving = [
@@ -80,16 +83,20 @@ def forward_kernel(dtype: torch.dtype, dim: int, rows: int, has_score: bool) -> 
         and kernel.dim >= dim
         and (kernel.block_m == 16) == few
         and kernel.has_score == (few or has_score)
+        and kernel.shared_bytes <= shared_limit
     ]
-    return min(serving, key=lambda kernel: kernel.dim)
+    return min(serving, key=lambda kernel: (kernel.dim, -kernel.block_m))
 
 
-def launches(inputs: Inputs, out: Tensor, lse: Tensor, splits: int) -> Iterator[Launch]:
+def launches(
+    inputs: Inputs, out: Tensor, lse: Tensor, splits: int, shared_limit: int = A100
+) -> Iterator[Launch]:
     query, key, value, spec = inputs.query, inputs.key, inputs.value, inputs.spec()
     heads, kv_heads, D, Dv = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
     batch, queries, keys = problem_sizes(inputs)
     group = heads // kv_heads
-    kernel = forward_kernel(query.dtype, max(D, Dv), queries * group, spec.softcap > 0 or spec.dropout_p > 0)
+    has_score = spec.softcap > 0 or spec.dropout_p > 0
+    kernel = forward_kernel(query.dtype, max(D, Dv), queries * group, has_score, shared_limit)
     parts = torch.empty((splits, *lse.shape, Dv), dtype=torch.float32)
     part_lses = torch.empty((splits, *lse.shape))
     into, into_lse = (out, lse) if splits == 1 else (parts, part_lses)
@@ -165,11 +172,15 @@ CASES: list[tuple[torch.dtype, int, Case]] = [  # and into how many splits
 
 @pytest.mark.parametrize(("dtype", "splits", "case"), CASES, ids=[case.name for *_, case in CASES])
 def test_forward(dtype: torch.dtype, splits: int, case: Case) -> None:
+    check_forward(dtype, splits, case, A100)
+
+
+def check_forward(dtype: torch.dtype, splits: int, case: Case, shared_limit: int) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = empty_outputs(inputs.query, inputs.value)
     want, plain = reference64(inputs), math_reference(inputs)
     poison_unseen(inputs)
-    for each in launches(inputs, out, lse, splits):
+    for each in launches(inputs, out, lse, splits, shared_limit):
         each.run()
     for name, got in (("out", out), ("lse", lse)):
         limit = budget(plain[name], want[name], dtype)
@@ -177,14 +188,16 @@ def test_forward(dtype: torch.dtype, splits: int, case: Case) -> None:
         assert error <= limit, f"{name}: error {error:.2e}, budget {limit:.2e}"
 
 
-TILES = [(dim, rows, has_score) for dim in (32, 64, 96, 128, 192, 256) for rows, has_score in
+TILES = [(dim, rows, has_score, A100) for dim in (32, 64, 96, 128, 192, 256) for rows, has_score in
          ((20, False), (20, True), (3, True))]  # fmt: skip
+TILES += [(256, 20, has_score, RTX_4090) for has_score in (False, True)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-@pytest.mark.parametrize(("dim", "rows", "has_score"), TILES)
-def test_every_instantiation(dim: int, rows: int, has_score: bool, dtype: torch.dtype) -> None:
-    test_forward(dtype, 1, Case("tile", 1, 1, 1, rows, 270, dim, dim, softcap=2.0 if has_score else None))
+@pytest.mark.parametrize(("dim", "rows", "has_score", "limit"), TILES)
+def test_every_instantiation(dim: int, rows: int, has_score: bool, limit: int, dtype: torch.dtype) -> None:
+    case = Case("tile", 1, 1, 1, rows, 270, dim, dim, softcap=2.0 if has_score else None)
+    check_forward(dtype, 1, case, limit)
 
 
 def test_the_instantiations_are_those() -> None:

@@ -16,7 +16,6 @@ if NVCC is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
 from ptx.recorder import recorded
-from ptx.test_cuda_attention import entries
 
 BF16, F16 = torch.bfloat16, torch.float16
 PROCESSORS = 2
@@ -41,7 +40,7 @@ def test_forward(dtype: torch.dtype, case: Case, splits: str, monkeypatch: pytes
     monkeypatch.setenv(SPLITS, splits)
     inputs = make_inputs(case, dtype)
     want, plain = reference64(inputs), math_reference(inputs)
-    with recorded(entries(), PROCESSORS) as gpu:
+    with recorded(PROCESSORS) as gpu:
         out, lse = cuda.forward(inputs.query, inputs.key, inputs.value, inputs.spec())
     if splits:
         assert any("combine" in kernel for kernel, *_ in gpu.launches) == (case.M * case.N > 64)
@@ -52,7 +51,7 @@ def test_forward(dtype: torch.dtype, case: Case, splits: str, monkeypatch: pytes
 
 def test_a_launch_that_fails_names_the_shapes() -> None:
     inputs = make_inputs(Case("case", 1, 4, 2, 20, 150), BF16)
-    with recorded(entries(), PROCESSORS) as gpu:
+    with recorded(PROCESSORS) as gpu:
         gpu.error = 1
         with pytest.raises(RuntimeError) as error:
             cuda.forward(inputs.query, inputs.key, inputs.value, inputs.spec())
@@ -74,7 +73,7 @@ def test_the_operator_refuses_what_would_read_foreign_memory() -> None:
             query, key, value, *inputs.spec().options(), longest, 100, 166912, part_outs, part_lses, out, lse
         )
 
-    with recorded(entries(), PROCESSORS) as gpu:
+    with recorded(PROCESSORS) as gpu:
         for arguments, message in (
             ({"query": inputs.query}, "rows must begin at multiples of 16 bytes"),
             ({"query": query.float()}, "tensors differ in device or dtype"),
@@ -90,7 +89,7 @@ def test_the_operator_refuses_what_would_read_foreign_memory() -> None:
 def test_a_gpu_without_the_shared_memory_is_refused() -> None:
     inputs = make_inputs(Case("case", 1, 1, 1, 20, 100), BF16)
     with (
-        recorded(entries(), PROCESSORS, shared_per_block=40000),
+        recorded(PROCESSORS, shared_per_block=40000),
         pytest.raises(RuntimeError, match="no forward kernel for head dim 64 with 40000 bytes"),
     ):
         cuda.forward(inputs.query, inputs.key, inputs.value, inputs.spec())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import _library
+from perceiver_kernels._compile import constant_result
 from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_outputs
 from perceiver_kernels.splits import forward_splits
 
@@ -114,7 +115,7 @@ def unavailable(device: torch.device) -> str | None:
     return _library.cuda_missing or _obstacle(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _obstacle(device: torch.device) -> str | None:
     """Why the kernels that were built don't run there: an old driver, or code for other GPUs."""
     try:

@@ -32,8 +32,11 @@ $(VENV)/.tools: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt torch setuptools wheel packaging cmake ninja pybind11 numpy
 	@touch $@
 
+# One kind of GPU compiles in a minute or two, all of them (as pip install builds) take ten.
+CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),native,80)
+
 $(VENV)/.built: $(VENV)/.tools $(NATIVE)
-	PERCEIVER_KERNELS_BUILD=require PERCEIVER_KERNELS_EMULATED_SET=1 \
+	PERCEIVER_KERNELS_BUILD=require PERCEIVER_KERNELS_EMULATED_SET=1 PERCEIVER_KERNELS_CUDA_ARCHS=$(CUDA_ARCHS) \
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps --ignore-requires-python perceiver-io  # says < 3.11
 	@touch $@

@@ -135,6 +135,11 @@ def refusal(backend: str, case: Case, dtype: torch.dtype = torch.float32) -> str
     return next((text for text, refuses in refused.get(backend, {}).items() if refuses), None)
 
 
+def usual(backend: str) -> torch.dtype:
+    """float32, or bfloat16 where ``backend`` doesn't serve it."""
+    return torch.bfloat16 if refusal(backend, BY_NAME["ragged"], torch.float32) else torch.float32
+
+
 def finest(backend: str) -> torch.dtype:
     """The widest dtype that ``backend`` serves."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import BY_NAME, DEVICE, OURS, USABLE
+from conftest import BY_NAME, DEVICE, OURS, USABLE, refusal, usual
 
 from perceiver_kernels.testing.cases import TORCH_SHORTFALLS, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
@@ -36,6 +36,8 @@ def threads() -> Iterator[None]:
 def test_one_thread_or_two(backend: str, dtype: torch.dtype, case: Case) -> None:
     if backend == "triton" and DEVICE.type == "cpu":
         pytest.skip("the interpreter has one thread, and is slow")
+    if refusal(backend, case, dtype):
+        pytest.skip(f"{backend} refuses it, as it should")
     inputs = make_inputs(case, dtype)
     results = []
     for count in (1, 2, 3, 2):
@@ -53,7 +55,7 @@ def test_an_example_does_not_know_of_the_others(
     backend: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PERCEIVER_KERNELS_SPLITS", "3")  # else its split fills the device
-    inputs = make_inputs(BY_NAME[name], torch.float32)
+    inputs = make_inputs(BY_NAME[name], usual(backend))
 
     def first(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:1].clone()
@@ -75,8 +77,8 @@ POISONED = ("offset_static_cache", "offset_decode", "left_padding", "right_paddi
 @pytest.mark.parametrize("filler", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", POISONED)
 def test_keys_that_nobody_sees_may_hold_anything(backend: str, filler: float, name: str) -> None:
-    clean = make_inputs(BY_NAME[name], torch.float32)
-    dirty = make_inputs(BY_NAME[name], torch.float32)
+    clean = make_inputs(BY_NAME[name], usual(backend))
+    dirty = make_inputs(BY_NAME[name], usual(backend))
     want = clean.run(backend)
     unseen = unseen_keys(clean)
     assert unseen.any()
@@ -117,7 +119,7 @@ def unseen_keys(inputs: Inputs) -> torch.Tensor:
 def test_what_is_seen_goes_where_the_reference_sends_it(backend: str, poison: float, where: str) -> None:
     if backend == "sdpa" and DEVICE.type != "cpu":
         pytest.skip("which of torch's kernels runs, and what it makes of infinities, differs between devices")
-    inputs = make_inputs(Case("not_causal", 2, 4, 2, 9, 70, 16, 16, is_causal=False), torch.float32)
+    inputs = make_inputs(Case("not_causal", 2, 4, 2, 9, 70, 16, 16, is_causal=False), usual(backend))
     getattr(inputs, where)[1, 1, 3, 2] = poison
     got, want = inputs.run(backend), inputs.run("reference")
     assert not all(x.isfinite().all() for x in want.values())
@@ -125,4 +127,9 @@ def test_what_is_seen_goes_where_the_reference_sends_it(backend: str, poison: fl
         assert not torch.equal(got["lse"].isnan(), want["lse"].isnan())
         got = {"out": got["out"]}
     for name in got:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4, equal_nan=True)
+        close = (
+            {"rtol": 1e-3, "atol": 1e-4}
+            if got["out"].dtype == torch.float32
+            else {"rtol": 0.05, "atol": 0.05}
+        )
+        torch.testing.assert_close(got[name], want[name], **close, equal_nan=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BY_NAME, DEVICE, OURS, USABLE, answers, finest, refusal
+from conftest import BY_NAME, DEVICE, OURS, USABLE, answers, finest, refusal, usual
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -78,8 +78,9 @@ def test_one_segment_is_the_plain_call_bit_by_bit(backend: str) -> None:
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "sdpa"])
 def test_segments_drop_what_the_whole_drops(backend: str) -> None:
     """With an identity for value, out is the matrix of kept probabilities."""
-    query, key = torch.zeros(2, 4, 9, 8), torch.zeros(2, 2, 64, 8)
-    value = torch.eye(64).expand(2, 2, 64, 64)
+    dtype = usual(backend)
+    query, key = torch.zeros(2, 4, 9, 8, dtype=dtype), torch.zeros(2, 2, 64, 8, dtype=dtype)
+    value = torch.eye(64, dtype=dtype).expand(2, 2, 64, 64)
     options: dict[str, Any] = {"dropout_p": 0.4, "dropout_seed": 5, "is_causal": False, "backend": backend}
     whole = pk.perceiver_attention(query, key, value, **options)
     parts = pk.perceiver_attention(query, key.split([17, 1, 46], 2), value.split([17, 1, 46], 2), **options)
@@ -104,7 +105,7 @@ def test_gradients_by_finite_differences() -> None:
 
 @pytest.mark.parametrize("backend", OURS)
 def test_hidden_keys_may_hold_anything(backend: str) -> None:
-    inputs = make_inputs(BY_NAME["ragged"], torch.float32)
+    inputs = make_inputs(BY_NAME["ragged"], usual(backend))
     spare = torch.full_like(inputs.key[:, :, :50], torch.nan)
     mask = torch.ones(2, 151, dtype=torch.bool)
     mask[:, :50] = False

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perceiver_kernels.splits import VARIABLE, forward_splits, parts
+from perceiver_kernels.splits import SLAB_BYTES, VARIABLE, backward_runs, forward_splits, parts
 
 
 def test_split_rule_fills_the_device_and_no_more() -> None:
@@ -24,3 +24,12 @@ def test_the_user_s_number_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch)
     assert forward_splits(64, 256, 216, 5) == 7
     assert forward_splits(64, 4, 216, 5) == 4  # as far as there are blocks
     assert forward_splits(64, 0, 216, 5) == 1
+
+
+def test_runs_of_the_backward_fill_the_device_within_the_room_for_slabs() -> None:
+    assert backward_runs(8, 512, 216, 1 << 20) == 27
+    assert backward_runs(64, 512, 216, 1 << 20) == 10
+    assert backward_runs(64, 512, 216, SLAB_BYTES // 4) == 3  # four would fit, in two waves
+    assert backward_runs(8, 512, 216, 2 * SLAB_BYTES) == 1
+    assert backward_runs(8, 4, 216, 1 << 20) == 4
+    assert backward_runs(8, 0, 216, 0) == 1

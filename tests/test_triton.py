@@ -12,7 +12,7 @@ import torch
 from conftest import DEVICE, USABLE
 
 import perceiver_kernels as pk
-from perceiver_kernels import cache
+from perceiver_kernels import cache, splits
 from perceiver_kernels.backends import triton as backend
 from perceiver_kernels.backends.triton.configs import Config, Device, head_parts
 from perceiver_kernels.testing.cases import Case
@@ -83,25 +83,25 @@ def test_head_parts(dim: int, longest: int) -> None:
 
 
 @runs
-@pytest.mark.parametrize("splits", ["1", "2", "5", "100"])
-def test_splits_set_by_the_user(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", ["1", "2", "5", "100"])
+def test_splits_set_by_the_user(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(CASE, torch.float32)
     want = inputs.run("reference")
-    monkeypatch.setenv(SPLITS, splits)
+    monkeypatch.setenv(SPLITS, count)
     got = inputs.run("triton")
     for name in want:
         torch.testing.assert_close(got[name], want[name])
 
 
-@pytest.mark.parametrize("splits", ["-1", "two", "²"])
-def test_a_bad_number_of_splits_is_an_error(splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SPLITS, splits)
-    with pytest.raises(ValueError, match=f"^{SPLITS} must be a number of splits, .* got '{splits}'$"):
+@pytest.mark.parametrize("count", ["-1", "two", "²"])
+def test_a_bad_number_of_splits_is_an_error(count: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SPLITS, count)
+    with pytest.raises(ValueError, match=f"^{SPLITS} must be a number of splits, .* got '{count}'$"):
         launches(CASE, torch.float16, Config(64, 32, 4, 2), Device("sm_80", 108))
 
 
 def test_fixed_splits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "SLAB_BYTES", 1)  # nor on the room for slabs
+    monkeypatch.setattr(splits, "SLAB_BYTES", 1)  # nor on the room for slabs
     monkeypatch.setenv(SPLITS, "4")
     config, device = Config(64, 32, 4, 2), Device("sm_80", 108)
     one, many = (launches(Case("b", b, 4, 4, 33, 900), torch.float16, config, device) for b in (1, 64))

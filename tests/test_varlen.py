@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BY_NAME, USABLE, refusal
+from conftest import BY_NAME, USABLE, refusal, usual
 
 import perceiver_kernels as pk
 from perceiver_kernels.testing.inputs import make_inputs
@@ -15,8 +15,7 @@ from perceiver_kernels.testing.inputs import make_inputs
     "name", ["packed", "packed_not_causal", "packed_offset", "packed_offset_per_example"]
 )
 def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
-    case = BY_NAME[name]
-    inputs = make_inputs(case, torch.float32)
+    inputs = make_inputs(BY_NAME[name], usual(backend))
     packed = inputs.run(backend)
     options = dict(inputs.kwargs)
     q_ends, k_ends = options.pop("cu_seqlens_q").tolist(), options.pop("cu_seqlens_k").tolist()
@@ -34,8 +33,8 @@ def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
         )  # fmt: skip
         dout = inputs.dout[rows].transpose(0, 1).unsqueeze(0)
         gradients = torch.autograd.grad((out, lse), leaves, (dout, inputs.dlse[:, rows].unsqueeze(0)))
-        # Triton's tiles and splits are chosen for the call, not for each sequence.
-        close = {} if backend == "triton" else {"rtol": 0, "atol": 0}
+        # A GPU's tiles and splits are chosen for the call, not for each sequence.
+        close = {} if backend in ("cuda", "triton") else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(packed["lse"][:, rows], lse[0], **close)
         parts = (
             (rows, "out", out),
@@ -50,7 +49,7 @@ def test_packed_is_each_sequence_alone(backend: str, name: str) -> None:
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("lengths", [[0], [0, 0], [0, 0, 0]])
 def test_nothing_packed(backend: str, lengths: list[int]) -> None:
-    rows = torch.zeros(0, 2, 8, requires_grad=True)
+    rows = torch.zeros(0, 2, 8, dtype=usual(backend), requires_grad=True)
     ends = torch.tensor(lengths, dtype=torch.int32)
     out, lse = pk.perceiver_attention_varlen(rows, rows, rows, ends, ends, return_lse=True, backend=backend)
     assert (out.shape, lse.shape) == ((0, 2, 8), (2, 0))
@@ -60,7 +59,7 @@ def test_nothing_packed(backend: str, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_one_offset_for_all_is_that_offset_for_each(backend: str) -> None:
-    inputs = make_inputs(BY_NAME["packed_offset"], torch.float32)
+    inputs = make_inputs(BY_NAME["packed_offset"], usual(backend))
     each = torch.full(
         (inputs.kwargs["cu_seqlens_q"].numel() - 1,), inputs.kwargs["q_offset"], dtype=torch.int32
     )

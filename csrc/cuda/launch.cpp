@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <limits>
 
+#include "cuda/backward.h"
 #include "cuda/forward.h"
 #include "score.h"
 
@@ -44,73 +45,74 @@ class DeviceGuard {
   bool has_moved_ = false;
 };
 
-struct Grid {
-  int64_t x, y;
-};
-
-template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), Grid grid, int threads, int shared_bytes, Arguments arguments,
-                   const Target& target) {
-  constexpr int64_t kMaxX = std::numeric_limits<int32_t>::max(), kMaxY = 65535;
-  if (grid.x == 0 || grid.y == 0) return cudaSuccess;
-  if (grid.x > kMaxX || grid.y > kMaxY) return cudaErrorInvalidConfiguration;
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  void* pointers[] = {&arguments};
-  if (status == cudaSuccess) {
-    status =
-        cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)),
-                         dim3(threads), pointers, shared_bytes, static_cast<cudaStream_t>(target.stream));
-  }
-  cudaGetLastError();  // returned above; not left for the next one to find
-  return status;
-}
-
-const char* name_of(DType dtype) { return dtype == DType::kFloat16 ? "float16" : "bfloat16"; }
-
-Failure failed_launch(const char* kernel, const Attention& p, Grid grid, int threads, int shared_bytes,
-                      const Target& target, cudaError_t status) {
-  return failure(
-      "%s of %s B %lld, H %lld, Hkv %lld, M %lld, N %lld, D %lld, Dv %lld on device %d failed: %s "
-      "(grid %lld x %lld, %d threads, %d of %d bytes of shared memory)",
-      kernel, name_of(p.dtype), static_cast<long long>(p.batch), static_cast<long long>(p.heads),
-      static_cast<long long>(p.kv_heads), static_cast<long long>(p.queries), static_cast<long long>(p.keys),
-      static_cast<long long>(p.dim), static_cast<long long>(p.value_dim), target.device,
-      cudaGetErrorString(status), static_cast<long long>(grid.x), static_cast<long long>(grid.y), threads,
-      shared_bytes, target.shared_limit);
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t group_of(const Attention& p) { return p.heads / p.kv_heads; }
 
 int64_t longest_queries(const Attention& p) { return p.cu_seqlens_q ? p.longest_queries : p.queries; }
 
-const ForwardKernel* kernel_of(const Attention& p, int shared_limit) {
-  return forward_kernel(p.dtype, static_cast<int>(std::max(p.dim, p.value_dim)),
-                        longest_queries(p) * (p.heads / p.kv_heads), p.softcap > 0 || p.dropout_p > 0,
-                        shared_limit);
+int head_dim(const Attention& p) { return static_cast<int>(std::max(p.dim, p.value_dim)); }
+
+bool has_score(const Attention& p) { return p.softcap > 0 || p.dropout_p > 0; }
+
+// Blocks of each tile of rows of the longest sequence.
+int64_t row_blocks(const Attention& p, int block_m) {
+  return divide_up(longest_queries(p) * group_of(p), block_m) * p.batch * p.kv_heads;
 }
 
-ForwardArguments arguments_of(const Attention& p, const Parts& parts) {
-  const bool packed = p.cu_seqlens_q != nullptr;
-  ForwardArguments a{};
+struct Shape {
+  int64_t x, y;
+  int threads, shared_bytes;
+};
+
+template <class Arguments>
+Failure launch(const char* name, void (*kernel)(Arguments), const Shape& shape, Arguments arguments,
+               const Attention& p, const Target& target) {
+  constexpr int64_t kMaxX = std::numeric_limits<int32_t>::max(), kMaxY = 65535;
+  if (shape.x == 0 || shape.y == 0) return nullptr;
+  DeviceGuard guard(target.device);
+  cudaError_t status = guard.status;
+  if (shape.x > kMaxX || shape.y > kMaxY) status = cudaErrorInvalidConfiguration;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  }
+  if (status == cudaSuccess) {
+    void* pointers[] = {&arguments};
+    const dim3 grid(static_cast<unsigned>(shape.x), static_cast<unsigned>(shape.y));
+    status = cudaLaunchKernel(function, grid, dim3(shape.threads), pointers, shape.shared_bytes,
+                              static_cast<cudaStream_t>(target.stream));
+  }
+  cudaGetLastError();  // told here; not left for the next one to find
+  if (status == cudaSuccess) return nullptr;
+  const auto number = [](int64_t n) { return static_cast<long long>(n); };
+  return failure(
+      "%s of %s B %lld, H %lld, Hkv %lld, M %lld, N %lld, D %lld, Dv %lld on device %d failed: %s "
+      "(grid %lld x %lld, %d threads, %d of %d bytes of shared memory)",
+      name, p.dtype == DType::kFloat16 ? "float16" : "bfloat16", number(p.batch), number(p.heads),
+      number(p.kv_heads), number(p.queries), number(p.keys), number(p.dim), number(p.value_dim),
+      target.device, cudaGetErrorString(status), number(shape.x), number(shape.y), shape.threads,
+      shape.shared_bytes, target.shared_limit);
+}
+
+Failure no_kernel(const char* direction, int64_t dim, int64_t shared_limit) {
+  return failure("no %s kernel for head dim %lld with %lld bytes of shared memory", direction,
+                 static_cast<long long>(dim), static_cast<long long>(shared_limit));
+}
+
+// What forward and backward are told alike.
+template <class Arguments>
+Arguments common_arguments(const Attention& p) {
+  Arguments a{};
   a.query = p.query;
   a.key = p.key;
   a.value = p.value;
   a.out = p.out;
   a.lse = p.lse;
-  if (parts.splits > 1) {
-    const int64_t rows = p.lse.head_stride, batch_rows = packed ? 0 : p.heads * rows;
-    const int64_t all_rows = packed ? p.heads * rows : p.batch * batch_rows;
-    a.out = {parts.outs, batch_rows * p.value_dim, rows * p.value_dim, p.value_dim};
-    a.lse = {parts.lses, batch_rows, rows, 1};
-    a.out_split_stride = all_rows * p.value_dim;
-    a.lse_split_stride = all_rows;
-  }
   a.kv_heads = static_cast<int32_t>(p.kv_heads);
-  a.group = static_cast<int32_t>(p.heads / p.kv_heads);
+  a.group = static_cast<int32_t>(group_of(p));
   a.queries = static_cast<int32_t>(longest_queries(p));
-  a.keys = static_cast<int32_t>(packed ? p.longest_keys : p.keys);
+  a.keys = static_cast<int32_t>(p.cu_seqlens_k ? p.longest_keys : p.keys);
   a.dim = static_cast<int32_t>(p.dim);
   a.value_dim = static_cast<int32_t>(p.value_dim);
   a.q_offset = p.q_offset;
@@ -119,20 +121,26 @@ ForwardArguments arguments_of(const Attention& p, const Parts& parts) {
   a.key_mask_batch_stride = p.key_mask_batch_stride;
   a.cu_seqlens_q = p.cu_seqlens_q;
   a.cu_seqlens_k = p.cu_seqlens_k;
-  // The soft cap is applied to the natural score; otherwise the scale joins the exponent's own factor, and
-  // its sign the query. A scale of 0 becomes the smallest normal number: -inf * 0 is NaN.
+  // The soft cap applies to the natural score; otherwise the scale joins the exponent's own factor.
   const bool is_capped = p.softcap > 0;
-  const double scale = is_capped ? 1.0 : std::fabs(p.scale);
-  a.exponent = std::max(static_cast<float>(scale), std::numeric_limits<float>::min()) * kLog2E;
-  a.query_sign = p.scale < 0 && !is_capped ? 0x80008000u : 0;
-  a.softcap = static_cast<float>(p.softcap);
   constexpr double kLargest = std::numeric_limits<float>::max();
+  a.exponent = static_cast<float>(is_capped ? 1.0 : p.scale) * kLog2E;
+  a.softcap = static_cast<float>(p.softcap);
   a.capped_scale =
       is_capped ? static_cast<float>(std::clamp(p.scale / p.softcap, -kLargest, kLargest)) : 0.0f;
   a.dropout_seed = p.dropout_p > 0 ? p.dropout_seed_at : nullptr;
   a.dropout_threshold = dropout_threshold(p.dropout_p);
   a.keep_factor = static_cast<float>(1.0 / (1.0 - p.dropout_p));
   return a;
+}
+
+const ForwardKernel* forward_kernel_of(const Attention& p, int shared_limit) {
+  return forward_kernel(p.dtype, head_dim(p), longest_queries(p) * group_of(p), has_score(p), shared_limit);
+}
+
+const BackwardKernel* backward_kernel_of(DType dtype, int64_t dim, bool has_score, int64_t shared_limit) {
+  const BackwardKernel* kernel = backward_kernel(dtype, static_cast<int>(dim), has_score);
+  return kernel && kernel->shared_bytes <= shared_limit ? kernel : nullptr;
 }
 
 }  // namespace
@@ -159,46 +167,84 @@ Failure find_forward_tile(DType dtype, int64_t dim, int64_t rows, bool has_score
                           Tile* tile) {
   const ForwardKernel* kernel =
       forward_kernel(dtype, static_cast<int>(dim), rows, has_score, static_cast<int>(shared_limit));
-  if (!kernel) {
-    return failure("no forward kernel for head dim %lld with %lld bytes of shared memory",
-                   static_cast<long long>(dim), static_cast<long long>(shared_limit));
-  }
-  *tile = {kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes};
+  if (!kernel) return no_kernel("forward", dim, shared_limit);
+  *tile = {kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes, 0, 0};
   return nullptr;
 }
 
+Failure find_backward_tile(DType dtype, int64_t dim, bool has_score, int64_t shared_limit, Tile* tile) {
+  const BackwardKernel* kernel = backward_kernel_of(dtype, dim, has_score, shared_limit);
+  if (!kernel) return no_kernel("backward", dim, shared_limit);
+  *tile = {kernel->block_m,      kernel->block_n,    kernel->threads,
+           kernel->shared_bytes, kernel->tile_bytes, kernel->slab_floats};
+  return nullptr;
+}
+
+int64_t count_row_tiles(const Attention& p, int block_m) {
+  // Of each example; packed, of all sequences, each of which may waste a part of one.
+  if (p.cu_seqlens_q) return (group_of(p) * p.queries / block_m + p.batch) * p.kv_heads;
+  return divide_up(group_of(p) * p.queries, block_m) * p.kv_heads * p.batch;
+}
+
 Failure attention_forward(const Attention& p, const Parts& parts, const Target& target) {
-  const ForwardKernel* kernel = kernel_of(p, target.shared_limit);
-  if (!kernel) {
-    return failure("no forward kernel for head dims %lld and %lld with %d bytes of shared memory",
-                   static_cast<long long>(p.dim), static_cast<long long>(p.value_dim), target.shared_limit);
+  const ForwardKernel* kernel = forward_kernel_of(p, target.shared_limit);
+  if (!kernel) return no_kernel("forward", head_dim(p), target.shared_limit);
+  auto arguments = common_arguments<ForwardArguments>(p);
+  if (p.softcap == 0) {  // the sign goes into the query; a scale of 0 becomes tiny: -inf * 0 is NaN
+    arguments.query_sign = p.scale < 0 ? 0x80008000u : 0;
+    arguments.exponent =
+        std::max(static_cast<float>(std::fabs(p.scale)), std::numeric_limits<float>::min()) * kLog2E;
   }
-  const ForwardArguments arguments = arguments_of(p, parts);
-  DeviceGuard guard(target.device);
-  const int64_t rows = static_cast<int64_t>(arguments.queries) * arguments.group;
-  Grid grid{divide_up(rows, kernel->block_m) * p.batch * p.kv_heads, parts.splits};
-  cudaError_t status = guard.status;
-  if (status == cudaSuccess)
-    status = launch(kernel->kernel, grid, kernel->threads, kernel->shared_bytes, arguments, target);
-  if (status != cudaSuccess) {
-    return failed_launch("attention_forward", p, grid, kernel->threads, kernel->shared_bytes, target, status);
+  const int64_t rows = p.lse.head_stride;  // of a head, all sequences'
+  const int64_t batch_rows = p.cu_seqlens_q ? 0 : p.heads * rows;
+  const int64_t all_rows = p.cu_seqlens_q ? p.heads * rows : p.batch * batch_rows;
+  if (parts.splits > 1) {
+    arguments.out = {parts.outs, batch_rows * p.value_dim, rows * p.value_dim, p.value_dim};
+    arguments.lse = {parts.lses, batch_rows, rows, 1};
+    arguments.out_split_stride = all_rows * p.value_dim;
+    arguments.lse_split_stride = all_rows;
   }
-  if (parts.splits == 1) return nullptr;
+  const Shape shape{row_blocks(p, kernel->block_m), parts.splits, kernel->threads, kernel->shared_bytes};
+  const Failure failed = launch("attention_forward", kernel->kernel, shape, arguments, p, target);
+  if (failed || parts.splits == 1) return failed;
 
   CombineArguments merged{};
   merged.parts = parts.outs;
   merged.part_lses = parts.lses;
   merged.out = p.out;
   merged.lse = static_cast<float*>(p.lse.data);
-  merged.rows = arguments.lse_split_stride;
+  merged.rows = all_rows;
   merged.heads = static_cast<int32_t>(p.heads);
-  merged.queries = static_cast<int32_t>(p.lse.head_stride);
+  merged.queries = static_cast<int32_t>(rows);
   merged.value_dim = arguments.value_dim;
   merged.splits = parts.splits;
-  grid = {divide_up(merged.rows, kCombineRows), 1};
-  status = launch(combine_kernel(p.dtype), grid, kCombineThreads, 0, merged, target);
-  if (status == cudaSuccess) return nullptr;
-  return failed_launch("combine_splits", p, grid, kCombineThreads, 0, target, status);
+  const Shape combine{divide_up(all_rows, kCombineRows), 1, kCombineThreads, 0};
+  return launch("combine_splits", combine_kernel(p.dtype), combine, merged, p, target);
+}
+
+Failure attention_backward(const Attention& p, const AttentionGradient& gradient, const Workspace& workspace,
+                           const Target& target) {
+  const BackwardKernel* kernel = backward_kernel_of(p.dtype, head_dim(p), has_score(p), target.shared_limit);
+  if (!kernel) return no_kernel("backward", head_dim(p), target.shared_limit);
+  auto arguments = common_arguments<BackwardArguments>(p);
+  arguments.dout = gradient.dout;
+  arguments.dlse = gradient.dlse;
+  arguments.dquery = gradient.dquery;
+  arguments.dkey = gradient.dkey;
+  arguments.dvalue = gradient.dvalue;
+  arguments.scale = static_cast<float>(p.scale);
+  const int64_t heads = p.kv_heads * (p.cu_seqlens_q ? 1 : p.batch);
+  arguments.row_tiles = static_cast<int32_t>(heads > 0 ? count_row_tiles(p, kernel->block_m) / heads : 0);
+  arguments.runs = workspace.runs;
+  arguments.tiles = workspace.tiles;
+  arguments.slabs = workspace.slabs;
+
+  const Shape rows{row_blocks(p, kernel->block_m), 1, kernel->row_threads, 0};
+  const Shape keys{workspace.runs * p.batch * p.kv_heads, 1, kernel->threads, kernel->shared_bytes};
+  Failure failed = launch("pack_rows", kernel->pack, rows, arguments, p, target);
+  if (!failed) failed = launch("attention_backward", kernel->attention, keys, arguments, p, target);
+  if (!failed) failed = launch("reduce_slabs", kernel->reduce, rows, arguments, p, target);
+  return failed;
 }
 
 }  // namespace pk::cuda

@@ -23,10 +23,11 @@ struct Target {
   void* stream;
 };
 
-// How a kernel cuts a problem up, which the number of splits follows from.
+// How a kernel cuts a problem up, which the number of splits or runs follows from.
 struct Tile {
   int block_m, block_n;  // packed rows, keys
   int threads, shared_bytes;
+  int tile_bytes, slab_floats;  // of the backward's workspace, per block of rows
 };
 
 // Where several splits leave their results before they are merged; null for one.
@@ -36,16 +37,28 @@ struct Parts {
   float* lses;  // without value_dim
 };
 
+// The backward's: count_row_tiles() of each. Multiples of 16 bytes.
+struct Workspace {
+  int runs;      // of keys, which are summed up in order
+  void* tiles;   // (all row tiles, tile_bytes)
+  float* slabs;  // (runs, all row tiles, slab_floats)
+};
+
 // Of the current one where index is negative. Fails where the kernels can't run: no driver, one that is too
 // old, or no code for this GPU.
 Failure find_device(int index, Device* device);
 
-// Of the forward kernel for the longer head dim and the packed rows of a key head; has_score: soft cap or
-// dropout. Fails where none fits.
+// The tile of the kernel for the longer head dim and, forward, the packed rows of a key head; has_score: soft
+// cap or dropout. Fails where none fits.
 Failure find_forward_tile(DType dtype, int64_t dim, int64_t rows, bool has_score, int64_t shared_limit,
                           Tile* tile);
+Failure find_backward_tile(DType dtype, int64_t dim, bool has_score, int64_t shared_limit, Tile* tile);
+int64_t count_row_tiles(const Attention& problem, int block_m);
 
-// The problem's rows of 16-bit numbers begin at multiples of 16 bytes; key_mask and lse are contiguous.
+// The problem's rows of 16-bit numbers begin at multiples of 16 bytes; key_mask and the forward's lse are
+// contiguous.
 Failure attention_forward(const Attention& problem, const Parts& parts, const Target& target);
+Failure attention_backward(const Attention& problem, const AttentionGradient& gradient,
+                           const Workspace& workspace, const Target& target);
 
 }  // namespace pk::cuda

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -19,31 +21,32 @@ void check_launch(pk::cuda::Failure failure) {
 }
 
 // Only strides that are used count.
-void check_rows(const pk::View& view, const Tensor& t) {
-  const bool packed = t.dim() == 3;
-  const int64_t strides[] = {view.batch_stride, view.head_stride, view.row_stride};
-  const int64_t sizes[] = {packed ? 1 : t.size(0), t.size(1), t.size(packed ? 0 : 2)};
-  bool is_aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-  for (int i = 0; i < 3; ++i) is_aligned &= sizes[i] <= 1 || strides[i] % 8 == 0;
-  check(is_aligned, "rows must begin at multiples of 16 bytes");
+void check_rows(std::initializer_list<Tensor> tensors) {
+  for (const Tensor& t : tensors) {
+    bool is_aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    for (int64_t i = 0; i + 1 < t.dim(); ++i) is_aligned &= t.size(i) <= 1 || t.stride(i) % 8 == 0;
+    check(is_aligned, "rows must begin at multiples of 16 bytes");
+  }
 }
 
-void check_limits(const pk::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const Tensor& out, const Tensor& lse) {
+void check_limits(const pk::Attention& p, const std::optional<Tensor>& key_mask) {
   check(p.dtype == pk::DType::kBFloat16 || p.dtype == pk::DType::kFloat16,
         "query must be bfloat16 or float16");
   check(p.dim % 8 == 0 && p.value_dim % 8 == 0, "head dims must be multiples of 8");
-  check_rows(p.query, query);
-  check_rows(p.key, key);
-  check_rows(p.value, value);
-  check_rows(p.out, out);
-  check(lse.is_contiguous() && (!p.key_mask || p.key_mask_stride == 1 || p.keys <= 1),
-        "lse and key_mask must be contiguous");
+  check(!key_mask || key_mask->is_contiguous(), "key_mask must be contiguous");
   const int64_t rows = (p.cu_seqlens_q ? p.longest_queries : p.queries) * (p.heads / p.kv_heads);
   const int64_t keys = p.cu_seqlens_q ? p.longest_keys : p.keys;
   check(p.longest_queries <= p.queries && p.longest_keys <= p.keys && rows + keys < int64_t{1} << 31 &&
             p.queries < int64_t{1} << 31,
         "rows of one key head and keys together are counted in 31 bits");
+}
+
+// A workspace of the caller's.
+template <class Number>
+Number* buffer_of(Tensor& t, const Tensor& query, ScalarType type, int64_t count) {
+  check(is_beside(t, query) && t.scalar_type() == type && t.is_contiguous() && t.numel() == count,
+        "a workspace must be contiguous and of the right type and size");
+  return static_cast<Number*>(t.mutable_data_ptr());
 }
 
 pk::cuda::Target target_of(const Tensor& query, int64_t shared_limit) {
@@ -67,6 +70,12 @@ std::vector<int64_t> forward_tile(ScalarType dtype, int64_t dim, int64_t rows, b
   return {tile.block_m, tile.block_n, tile.threads, tile.shared_bytes};
 }
 
+std::vector<int64_t> backward_tile(ScalarType dtype, int64_t dim, bool has_score, int64_t shared_limit) {
+  pk::cuda::Tile tile;
+  check_launch(pk::cuda::find_backward_tile(dtype_of(dtype), dim, has_score, shared_limit, &tile));
+  return {tile.block_m, tile.block_n, tile.threads, tile.shared_bytes, tile.tile_bytes, tile.slab_floats};
+}
+
 void forward(const Tensor& query, const Tensor& key, const Tensor& value,
              const std::optional<Tensor>& q_offsets, const std::optional<Tensor>& key_mask,
              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
@@ -77,22 +86,50 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
   p.longest_keys = longest_k;
-  check_limits(p, query, key, value, out, lse);
-  pk::cuda::Parts parts{1, nullptr, nullptr};
+  check_limits(p, key_mask);
+  check_rows({query, key, value, out});
+  check(lse.is_contiguous(), "lse must be contiguous");
   check(part_outs.has_value() == part_lses.has_value(), "part_outs and part_lses come together");
+  pk::cuda::Parts parts{1, nullptr, nullptr};
   if (part_outs) {
     parts.splits = static_cast<int>(part_outs->size(0));
     const int64_t rows = parts.splits * lse.numel();
-    check(parts.splits > 1 && is_beside(*part_outs, query) && is_beside(*part_lses, query) &&
-              part_outs->scalar_type() == ScalarType::Float &&
-              part_lses->scalar_type() == ScalarType::Float && part_outs->is_contiguous() &&
-              part_lses->is_contiguous() && part_outs->numel() == rows * p.value_dim &&
-              part_lses->numel() == rows,
-          "part_outs and part_lses must be float, contiguous and of the right size");
-    parts.outs = part_outs->mutable_data_ptr<float>();
-    parts.lses = part_lses->mutable_data_ptr<float>();
+    parts.outs = buffer_of<float>(*part_outs, query, ScalarType::Float, rows * p.value_dim);
+    parts.lses = buffer_of<float>(*part_lses, query, ScalarType::Float, rows);
   }
   check_launch(pk::cuda::attention_forward(p, parts, target_of(query, shared_limit)));
+}
+
+void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& query, const Tensor& key,
+              const Tensor& value, const Tensor& out, const Tensor& lse,
+              const std::optional<Tensor>& q_offsets, const std::optional<Tensor>& key_mask,
+              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+              const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
+              double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
+              int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery, Tensor dkey, Tensor dvalue) {
+  pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
+                               dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
+  p.longest_queries = longest_q;
+  p.longest_keys = longest_k;
+  check_limits(p, key_mask);
+  check_rows({query, key, value, out, dout, dquery, dkey, dvalue});
+  const bool packed = cu_seqlens_q.has_value();
+  pk::AttentionGradient gradient{};
+  gradient.dout = view_of(dout, query, packed, p.heads, p.queries, p.value_dim);
+  if (dlse) gradient.dlse = lse_view_of(*dlse, query, packed, p.heads, p.queries);
+  gradient.dquery = view_of(dquery, query, packed, p.heads, p.queries, p.dim);
+  gradient.dkey = view_of(dkey, query, packed, p.kv_heads, p.keys, p.dim);
+  gradient.dvalue = view_of(dvalue, query, packed, p.kv_heads, p.keys, p.value_dim);
+
+  pk::cuda::Tile tile;
+  check_launch(pk::cuda::find_backward_tile(p.dtype, std::max(p.dim, p.value_dim),
+                                            softcap > 0 || dropout_p > 0, shared_limit, &tile));
+  const int64_t row_tiles = pk::cuda::count_row_tiles(p, tile.block_m);
+  check(runs >= 1, "runs must be at least 1");
+  const pk::cuda::Workspace workspace{
+      static_cast<int>(runs), buffer_of<void>(tiles, query, ScalarType::Byte, row_tiles * tile.tile_bytes),
+      buffer_of<float>(slabs, query, ScalarType::Float, runs * row_tiles * tile.slab_floats)};
+  check_launch(pk::cuda::attention_backward(p, gradient, workspace, target_of(query, shared_limit)));
 }
 
 }  // namespace
@@ -101,15 +138,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
   m.def("cuda_archs() -> str");
   m.def("cuda_device(int index) -> int[]");
   m.def("cuda_forward_tile(ScalarType dtype, int dim, int rows, bool has_score, int shared_limit) -> int[]");
+  m.def("cuda_backward_tile(ScalarType dtype, int dim, bool has_score, int shared_limit) -> int[]");
   m.def("cuda_forward(Tensor query, Tensor key, Tensor value, " PK_OPTIONS
         "int longest_q, int longest_k, int shared_limit, Tensor(c!)? part_outs, Tensor(d!)? part_lses, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "cuda_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, " PK_OPTIONS
+      "int longest_q, int longest_k, int shared_limit, int runs, Tensor(d!) tiles, Tensor(e!) slabs, "
+      "Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(perceiver_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_archs", TORCH_BOX(&archs));
   m.impl("cuda_device", TORCH_BOX(&device));
   m.impl("cuda_forward_tile", TORCH_BOX(&forward_tile));
+  m.impl("cuda_backward_tile", TORCH_BOX(&backward_tile));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(perceiver_kernels, CUDA, m) { m.impl("cuda_forward", TORCH_BOX(&forward)); }
+STABLE_TORCH_LIBRARY_IMPL(perceiver_kernels, CUDA, m) {
+  m.impl("cuda_forward", TORCH_BOX(&forward));
+  m.impl("cuda_backward", TORCH_BOX(&backward));
+}

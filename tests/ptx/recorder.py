@@ -104,11 +104,11 @@ def recorded(processors: int, shared_per_block: int = 166912) -> Iterator[Record
     library.pretend(processors, shared_per_block, 0)
     before = cuda._ops
     cuda._ops = recorder
-    for cached in (cuda._device, cuda.forward_tile):
+    for cached in (cuda._device, cuda.forward_tile, cuda.backward_tile):
         cached.cache_clear()
     try:
         yield recorder
     finally:
         cuda._ops = before
-        for cached in (cuda._device, cuda.forward_tile):
+        for cached in (cuda._device, cuda.forward_tile, cuda.backward_tile):
             cached.cache_clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perceiver_kernels.backends import cuda
+from perceiver_kernels.backends import cpu, cuda
 from perceiver_kernels.splits import VARIABLE as SPLITS
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import Case
@@ -36,17 +36,36 @@ CASES = [
 
 @pytest.mark.parametrize("splits", ["", "3"], ids=["default", "split"])
 @pytest.mark.parametrize(("dtype", "case"), CASES, ids=[case.name for _, case in CASES])
-def test_forward(dtype: torch.dtype, case: Case, splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values(dtype: torch.dtype, case: Case, splits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward."""
     monkeypatch.setenv(SPLITS, splits)
     inputs = make_inputs(case, dtype)
+    tensors, spec = (inputs.query, inputs.key, inputs.value), inputs.spec()
     want, plain = reference64(inputs), math_reference(inputs)
     with recorded(PROCESSORS) as gpu:
-        out, lse = cuda.forward(inputs.query, inputs.key, inputs.value, inputs.spec())
+        out, lse = cuda.forward(*tensors, spec)
+        gradients = cuda.backward(inputs.dout, inputs.dlse, *tensors, out, lse, spec)
     if splits:
         assert any("combine" in kernel for kernel, *_ in gpu.launches) == (case.M * case.N > 64)
-    for name, got in (("out", out), ("lse", lse)):
+    for name, got in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True):
         limit = budget(plain[name], want[name], dtype)
-        assert relative_error(got, want[name]) <= limit, name
+        error = relative_error(got, want[name])
+        assert error <= limit, f"{name}: error {error:.2e}, budget {limit:.2e}"
+
+
+@pytest.mark.parametrize("forward", ["cuda", "cpu"])
+def test_pairs_with_another_backend(forward: str) -> None:
+    """One's forward with the other's backward: the residuals are the same."""
+    backends = {"cuda": cuda, "cpu": cpu}
+    inputs = make_inputs(Case("pair", 1, 4, 2, 20, 150, key_mask="random", dropout_p=0.2), BF16)
+    tensors, spec = (inputs.query, inputs.key, inputs.value), inputs.spec()
+    want, plain = reference64(inputs), math_reference(inputs)
+    with recorded(PROCESSORS):
+        out, lse = backends.pop(forward).forward(*tensors, spec)
+        (other,) = backends.values()
+        gradients = other.backward(inputs.dout, inputs.dlse, *tensors, out, lse, spec)
+    for name, got in zip(("dq", "dk", "dv"), gradients, strict=True):
+        assert relative_error(got, want[name]) <= budget(plain[name], want[name], BF16), name
 
 
 def test_a_launch_that_fails_names_the_shapes() -> None:
@@ -78,7 +97,7 @@ def test_the_operator_refuses_what_would_read_foreign_memory() -> None:
             ({"query": inputs.query}, "rows must begin at multiples of 16 bytes"),
             ({"query": query.float()}, "tensors differ in device or dtype"),
             ({"query": query, "longest": 21}, "counted in 31 bits"),
-            ({"query": query, "part_outs": parts[0][..., :32]}, "of the right size"),
+            ({"query": query, "part_outs": parts[0][..., :32]}, "of the right type and size"),
             ({"query": query, "part_lses": None}, "come together"),
         ):
             with pytest.raises(RuntimeError, match=message):

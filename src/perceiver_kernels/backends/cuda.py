@@ -13,8 +13,8 @@ from torch import Tensor
 
 from perceiver_kernels import _library
 from perceiver_kernels._compile import constant_result
-from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_outputs
-from perceiver_kernels.splits import forward_splits
+from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_gradients, empty_outputs
+from perceiver_kernels.splits import backward_runs, forward_splits
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16)
@@ -39,6 +39,8 @@ class Tile:
     block_n: int
     threads: int
     shared_bytes: int
+    tile_bytes: int = 0  # of the backward's workspace, for each tile of rows
+    slab_floats: int = 0
 
     def per_processor(self, device: Device) -> int:
         """How many blocks a processor holds at a time: registers for 8 warps, and shared memory."""
@@ -59,25 +61,37 @@ class Problem:
     dim: int
     value_dim: int
     has_score: bool  # soft cap or dropout
+    packed_queries: int | None = None  # of all sequences
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // self.kv_heads
 
     @property
     def rows(self) -> int:
         """Rows that share each load of a key: the packed rows of one key head."""
-        return self.queries * (self.heads // self.kv_heads)
+        return self.queries * self.group
+
+    @property
+    def head_dim(self) -> int:
+        """The longer one, which a kernel must serve."""
+        return max(self.dim, self.value_dim)
 
 
 def make_problem(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Problem:
     """The sizes of a call. Packed, it reads the lengths, which waits for the GPU."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    has_score = spec.softcap > 0.0 or spec.dropout_p > 0.0
     if spec.cu_seqlens_q is None or spec.cu_seqlens_k is None:
-        batch, heads, queries, dim = query.shape
-        kv_heads, keys = key.shape[1:3]
+        batch, queries, keys, packed = query.shape[0], query.shape[2], key.shape[2], None
     else:
-        batch, heads, kv_heads, dim = len(spec.cu_seqlens_q) - 1, query.shape[1], key.shape[1], query.shape[2]
+        batch, packed = len(spec.cu_seqlens_q) - 1, query.shape[0]
         queries, keys = (
             int(lengths.diff().max()) if batch else 0 for lengths in (spec.cu_seqlens_q, spec.cu_seqlens_k)
         )
-    has_score = spec.softcap > 0.0 or spec.dropout_p > 0.0
-    return Problem(query.dtype, batch, heads, kv_heads, queries, keys, dim, value.shape[-1], has_score)
+    dims = (query.shape[-1], value.shape[-1])
+    return Problem(query.dtype, batch, heads, kv_heads, queries, keys, *dims, has_score, packed)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,6 +114,25 @@ def plan_forward(problem: Problem, device: Device) -> tuple[Tile, int]:
     slots = device.processors * tile.per_processor(device)
     merge = 1 + 2 * min(problem.rows, tile.block_m) // tile.block_n
     return tile, forward_splits(row_blocks * problem.batch * problem.kv_heads, key_blocks, slots, merge)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_tile(dtype: torch.dtype, head_dim: int, has_score: bool, device: Device) -> Tile:
+    """The tile of the backward kernels. Raises RuntimeError where none fits the device."""
+    return Tile(*_ops.cuda_backward_tile(dtype, head_dim, has_score, device.shared_per_block))
+
+
+def plan_backward(problem: Problem, device: Device) -> tuple[Tile, int, int]:
+    """The tile, how many tiles of rows there are, and into how many runs the keys go."""
+    tile = backward_tile(problem.dtype, problem.head_dim, problem.has_score, device)
+    if problem.packed_queries is None:
+        row_tiles = -(-problem.rows // tile.block_m) * problem.batch
+    else:  # every sequence may waste a part of one
+        row_tiles = problem.group * problem.packed_queries // tile.block_m + problem.batch
+    row_tiles *= problem.kv_heads
+    slots = device.processors * tile.per_processor(device)
+    key_blocks, slab_bytes = -(-problem.keys // tile.block_n), 4 * row_tiles * tile.slab_floats
+    return tile, row_tiles, backward_runs(problem.batch * problem.kv_heads, key_blocks, slots, slab_bytes)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -126,6 +159,16 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
+@constant_result
+def _backward_obstacle(dtype: torch.dtype, head_dim: int, has_score: bool, device: torch.device) -> list[str]:
+    """Why gradients can't be had, where a GPU has little shared memory."""
+    try:
+        backward_tile(dtype, head_dim, has_score, _device(device))
+    except RuntimeError as error:
+        return [str(error).splitlines()[0].partition("perceiver_kernels: ")[2]]
+    return []
+
+
 @functools.lru_cache(maxsize=64)
 def _device(device: torch.device) -> Device:
     return Device(*_ops.cuda_device(-1 if device.index is None else device.index))
@@ -143,8 +186,16 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) 
             f"query is {dtype_name(query.dtype)}; the kernels take bfloat16 and float16: tensor cores would "
             "round anything wider"
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        reasons.append("a gradient is wanted; these kernels compute none")
+    if (
+        not reasons
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
+        head_dim, has_score = (
+            max(query.shape[-1], value.shape[-1]),
+            spec.softcap > 0.0 or spec.dropout_p > 0.0,
+        )
+        reasons += _backward_obstacle(query.dtype, head_dim, has_score, query.device)
     queries, keys = (query.shape[0], key.shape[0]) if spec.is_packed else (query.shape[2], key.shape[2])
     if queries * (query.shape[1] // key.shape[1]) + keys >= 2**31:
         reasons.append("rows of one key head and keys together are counted in 31 bits")
@@ -168,6 +219,34 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> t
     return out, lse
 
 
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` from the residuals."""
+    gradients = empty_gradients(query, key, value)
+    outputs = [_aligned(tensor) for tensor in gradients]
+    dout, query, key, value, out = (_aligned(tensor) for tensor in (dout, query, key, value, out))
+    problem, device = make_problem(query, key, value, spec), _device(query.device)
+    tile, row_tiles, runs = plan_backward(problem, device)
+    tiles = query.new_empty(row_tiles * tile.tile_bytes, dtype=torch.uint8)
+    slabs = lse.new_empty(runs * row_tiles * tile.slab_floats)
+    _ops.cuda_backward(
+        dout, dlse, query, key, value, out, lse, *spec.options(), problem.queries, problem.keys,
+        device.shared_per_block, runs, tiles, slabs, *outputs,
+    )  # fmt: skip
+    for gradient, output in zip(gradients, outputs, strict=True):
+        if gradient is not output:
+            gradient.copy_(output)
+    return gradients
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it, with contiguous channels and rows that begin at multiples of 16 bytes."""
     places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
@@ -175,8 +254,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 and begins:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def backward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Refused above."""
-    raise NotImplementedError("the cuda backend computes no gradients")

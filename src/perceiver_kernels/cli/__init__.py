@@ -1,4 +1,4 @@
-"""The `perceiver-kernels` command: doctor, verify, bench, demo, gpu-check."""
+"""The `perceiver-kernels` command: doctor, verify, bench, tune, demo, gpu-check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_kernels import __version__
-from perceiver_kernels.cli import bench, demo, doctor, gpu_check, verify
+from perceiver_kernels.cli import bench, demo, doctor, gpu_check, tune, verify
 from perceiver_kernels.cli.machine import provenance
 from perceiver_kernels.cli.report import CommandError, Result, claim, err, write_json
 
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Any] = {
     "doctor": doctor,
     "verify": verify,
     "bench": bench,
+    "tune": tune,
     "demo": demo,
     "gpu-check": gpu_check,
 }

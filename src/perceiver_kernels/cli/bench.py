@@ -46,8 +46,8 @@ def positive(text: str) -> int:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shape, what to run, and how long."""
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """--case, and a flag for each size."""
     shape = parser.add_argument_group(
         "shape", "named shapes, or one of your own; a flag overrides the named shape's value"
     )
@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shape.add_argument(
             "--" + flag.replace("_", "-"), type=positive, metavar=letter, help=f"{letter} of the contract"
         )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shape, what to run, and how long."""
+    add_shape_arguments(parser)
     parser.add_argument(
         "--dtype",
         nargs="+",

@@ -13,9 +13,8 @@ from torch import Tensor
 from perceiver_kernels.backends.triton import backward_kernels, forward_kernels
 from perceiver_kernels.backends.triton.configs import Config, Device, head_parts, padded
 from perceiver_kernels.spec import AttentionSpec
-from perceiver_kernels.splits import fixed, forward_splits, parts
+from perceiver_kernels.splits import backward_runs, forward_splits
 
-SLAB_BYTES = 1 << 28  # of the backward's workspace, where more than one slab fits
 _FORWARD_PART, _BACKWARD_PART = (
     64,
     256,
@@ -243,9 +242,8 @@ def backward_launches(
 
     key_blocks = -(-problem.N // config.block_n)
     dims = sum(head_parts(problem.D, _BACKWARD_PART))
-    fitting = max(1, SLAB_BYTES // max(tiles * tile * dims * 4, 1))
-    filling = parts(problem.B * problem.Hkv, key_blocks, device.processors * config.programs, merge=1)
-    runs = min(fixed() or min(filling, fitting), max(key_blocks, 1))
+    slots = device.processors * config.programs
+    runs = backward_runs(problem.B * problem.Hkv, key_blocks, slots, tiles * tile * dims * 4)
     slabs = lse.new_empty((runs, tiles * tile * dims), dtype=torch.float32)
     may_die = spec.key_mask is not None or spec.q_offsets is not None or spec.is_packed or spec.q_offset < 0
     yield Launch(

@@ -1,5 +1,7 @@
 """Rotary embedding against complex numbers in float64, and what it promises to keep."""
 
+import math
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -64,6 +66,15 @@ def test_angles_stay_float32_for_bfloat16_data_and_under_autocast():
     want = apply_rotary(x.double(), *rotary_cos_sin(positions, 8, dtype=torch.float64))
     # One rounding to bfloat16; positions in bfloat16 would be off by up to 4 radians here.
     assert (got.double() - want).abs().max() < 2**-8
+
+
+@pytest.mark.parametrize("position", [2**20, 10**9])
+def test_angles_of_distant_positions(position):
+    cos, sin = rotary_cos_sin(torch.tensor([position]), 16)
+    for i in range(8):
+        angle = position * 10_000.0 ** (-i / 8)
+        assert abs(cos[0, i] - math.cos(angle)) < 1e-6
+        assert abs(sin[0, i] - math.sin(angle)) < 1e-6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

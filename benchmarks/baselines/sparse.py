@@ -74,7 +74,6 @@ class SparseAttention(Attention):
         k, v = (x[..., -self.summaries :, :].flatten(2, 3) for x in (k, v))
         seen = ends <= places[:, None]
         out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=seen)
-        out = out.masked_fill(~seen.any(-1, keepdim=True), 0.0)
         return out.unflatten(2, (-1, self.stride))
 
 

@@ -1,0 +1,176 @@
+"""benchmarks/paper: the copy task drops nothing and resumes to the same bits; fair contenders."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.paper import context_scaling, copy_task, training_step
+from benchmarks.paper.copy_task import Recipe, Training
+from perceiver_kernels.cli.report import CommandError
+
+pytestmark = pytest.mark.cpu_only("trained and measured there")
+TINY = Recipe(
+    positions=256,
+    latents=24,
+    vocabulary=7,
+    dim=16,
+    heads=2,
+    step_latents=64,
+    first_reach=16,
+    goal=0.0,
+    cooldown=3,
+)
+
+
+def losses(training: Training) -> list[tuple[Any, ...]]:
+    return [(point["positions"], point["loss"], point["accuracy"]) for point in training.log]
+
+
+def test_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, first = Training(TINY), Training(TINY)
+    whole.accuracy = first.accuracy = 1.2  # so that the window doubles at once, before and after the break
+    for _ in range(10):
+        whole.step()
+    for _ in range(5):
+        first.step()
+    first.save(tmp_path / "a.pt")
+    torch.rand(5)  # what torch's own generator does in between is of no account
+    again = Training.load(tmp_path / "a.pt", TINY)
+    for _ in range(5):
+        again.step()
+    assert losses(again) == losses(whole)
+    assert {point["positions"] for point in whole.log} >= {32, 64}
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert {n: v for n, v in vars(again).items() if n in ("reach", "accuracy", "cooling")} == {
+        n: v for n, v in vars(whole).items() if n in ("reach", "accuracy", "cooling")
+    }
+
+
+def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    training = Training(TINY)
+    training.save(path)
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(CommandError, match="made by another recipe"):
+        Training.load(path, Recipe())
+    data = path.read_bytes()
+    at = data.index(training.model.token_embedding.weight.detach().numpy().tobytes())
+    for damaged in (b"", data[: len(data) // 2], b"no checkpoint", data[:at] + bytes(4) + data[at + 4 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(CommandError, match=r"a\.pt is no checkpoint of this task"):
+            Training.load(path, TINY)
+
+
+class Oracle:
+    """In place of predict: copies from the mirrored place, notes what it was asked."""
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self.told: list[int] = []
+
+    def __call__(self, model: Any, tokens: Tensor, first: int, latents: int) -> Tensor:
+        end = first + tokens.shape[1]
+        places = torch.arange(end - latents, end) + 1  # what is told
+        self.told += places.tolist()
+        source = self.positions - 1 - places - first
+        assert source.min() >= 0  # its source stands in the window
+        assert places.max() < self.positions
+        logits = torch.nn.functional.one_hot(tokens[:, source], TINY.vocabulary).float()
+        return logits + 0 * sum(p.sum() for p in model.parameters())
+
+
+def test_evaluation_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = Oracle(TINY.positions)
+    monkeypatch.setattr(copy_task, "predict", oracle)
+    counts = list(copy_task.evaluate(TINY.model(), TINY, sequences=2))  # 24 latents don't divide 128
+    assert sum(told for _, told in counts) == sum(right for right, _ in counts) == 2 * 128
+    assert oracle.told == [*range(128, 256)] * 2
+
+
+def test_an_untrained_model_guesses() -> None:
+    right, told = map(sum, zip(*copy_task.evaluate(TINY.model(), TINY, sequences=4), strict=True))
+    assert 0.05 < right / told < 0.3
+
+
+def test_windows_grow_to_the_full_length_and_tell_their_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = Oracle(TINY.positions)
+    monkeypatch.setattr(copy_task, "predict", oracle)
+    training = Training(TINY)
+    training.log = [{}] * TINY.warmup
+    while training.reach < 128:
+        point = training.step()
+        assert point["accuracy"] == 1.0
+    doubled = [p["positions"] for p in training.log[TINY.warmup :]]
+    assert [k for k, _ in itertools.groupby(doubled)] == [32, 64, 128]
+    training.recipe = Recipe(**{**vars(TINY), "cooldown": 400, "goal": 2.0})
+    oracle.told.clear()
+    for _ in range(300):
+        training.step()
+    assert min(oracle.told) == 128
+    assert max(oracle.told) == 255
+    assert oracle.told.count(255) > 10  # at random places alone it would be 300 of 105
+    assert oracle.told.count(128) > 10
+    assert training.cooling == 0
+    training.recipe = TINY
+    rates = []
+    while not training.done:
+        training.step()
+        rates.append(training.optimizer.param_groups[0]["lr"] / TINY.lr)
+    assert rates == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_predict_is_the_model_and_windows_keep_their_places() -> None:
+    model = Recipe(**{**vars(TINY), "depth": 2}).model().double().eval()
+    tokens = torch.randint(7, (2, 60))
+    got = copy_task.predict(model, tokens, 0, 24)
+    torch.testing.assert_close(got, model(tokens, num_latents=24), rtol=1e-9, atol=1e-9)
+    assert (copy_task.predict(model, tokens, 50, 24) - got).abs().max() > 1e-6
+
+
+SETTING = {"dim": 32, "depth": 2, "heads": 2, "latents": 16, "prefix_dropout": 0.0}
+
+
+@pytest.mark.parametrize("kind", context_scaling.KINDS)
+def test_contenders_train_and_see_their_context(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last prediction depends on every token of the context (memory is no token of Transformer-XL's)."""
+    if kind == "perceiver_ar_eager":
+        monkeypatch.setattr(training_step.layers, "perceiver_attention", training_step.eager_attention)
+    torch.manual_seed(0)
+    model, step = training_step.build({**SETTING, "kind": kind}, 64)
+    before = step().item()
+    assert abs(before - math.log(256)) < 1.5
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        step().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in model.parameters())
+    assert step().item() < before - 0.3
+
+
+def test_eager_fused_and_streamed_are_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = []
+    for kind in ("perceiver_ar_fused", "perceiver_ar_streamed", "perceiver_ar_eager"):
+        if kind == "perceiver_ar_eager":
+            monkeypatch.setattr(training_step.layers, "perceiver_attention", training_step.eager_attention)
+        torch.manual_seed(0)
+        _, step = training_step.build({**SETTING, "kind": kind}, 64)
+        values.append(step().item())
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
+def test_reach_interpolates_and_says_when_it_ends() -> None:
+    rows = [{"context": n, "s": (n / 1000) ** 2} for n in (1000, 2000, 4000)]
+    assert context_scaling.reach(rows, "s", 9.0) == (pytest.approx(3000), False)
+    assert context_scaling.reach(rows, "s", 16.0) == (4000, True)
+    assert context_scaling.reach(rows, "s", 0.5) == (0.0, False)

@@ -11,6 +11,8 @@ import torch
 from conftest import DEVICE, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import perceiver_kernels as pk
@@ -394,6 +396,36 @@ def test_streamed_model_embeds_a_chunk_at_a_time() -> None:
     streamed.dropout.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     streamed(torch.zeros(1, 40, dtype=torch.int64)).sum().backward()
     assert lengths == [8, *[5] * 6, 2, *[5] * 6, 2]
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest floating-point tensor that any operation makes, forward or backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.is_floating_point() and not x.is_sparse:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.cpu_only("elsewhere the backward runs in a thread of its own, unseen")
+@pytest.mark.parametrize("changes", [{}, {"prefix_dropout": 0.4}, {"num_kv_heads": 2}], ids=str)
+def test_no_tensor_of_the_streamed_model_grows_with_the_input(changes: dict[str, Any]) -> None:
+    changes = changes | {"max_seq_len": 2048}
+    sizes = {}
+    for n in (512, 2048):
+        for name, model in zip(("plain", "streamed"), models(changes, 32), strict=True):
+            tokens = torch.randint(0, 17, (1, n), generator=seeded(1))
+            with Largest() as largest:
+                model(tokens).square().sum().backward()
+            sizes[name, n] = largest.numel
+    assert sizes["plain", 2048] >= 2048 * 32 * (1 - changes.get("prefix_dropout", 0))
+    # What does grow is one number for each position, in the draw of prefix dropout.
+    assert sizes["streamed", 2048] == max(sizes["streamed", 512], 2048 if "prefix_dropout" in changes else 0)
+    assert sizes["streamed", 2048] < 2048 * 4
 
 
 def test_streamed_model_draws_its_dropout_again() -> None:

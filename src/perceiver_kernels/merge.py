@@ -57,13 +57,14 @@ class RunningMerge:
         """Take in one more part; shapes as for :func:`merge_attention`."""
         if self._out is None:
             self._dtype, self._out = out.dtype, out.to(lse.dtype, copy=True)
-            self._peak, self._total = lse, (lse != -torch.inf).to(lse.dtype)
+            self._peak, self._total = lse.clone(), (lse != -torch.inf).to(lse.dtype)
             return
         peak = torch.maximum(self._peak, lse)
         finite = peak.masked_fill(peak == -torch.inf, 0.0)
         old, new = torch.exp(self._peak - finite), torch.exp(lse - finite)
         self._out.mul_(old.unsqueeze(-1)).addcmul_(out.to(lse.dtype), new.unsqueeze(-1))
-        self._peak, self._total = peak, self._total * old + new
+        self._total.mul_(old).add_(new)
+        self._peak.copy_(peak)  # in place like the rest: what stays in memory stays where it is
 
     def result(self) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` of the parts so far, at least one; nothing may be added afterwards."""

@@ -26,7 +26,7 @@ from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec
 if TYPE_CHECKING:  # a torch without torch.distributed has no such module
     from perceiver_kernels.distributed import Slices
 
-CHUNK_SIZE = 8192
+CHUNK_SIZE = 4096
 Array = np.ndarray[Any, Any]
 
 
@@ -144,10 +144,15 @@ class KeyStream:
     def forward(self, query: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` of the query (B, H, M, D) over all keys, without a graph."""
         merge = RunningMerge()
+
+        def attend(begin: int, end: int, read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+            """One chunk; what it made is gone when this returns."""
+            key, value = (t.to(query.dtype) for t in self.project(read(), begin, end))
+            return attention(query, key, value, spec.over_keys(begin, end), backend)
+
         with torch.no_grad():
             for _, begin, end, at, read in self._walk(query.device):
-                key, value = (t.to(query.dtype) for t in self.project(read(), at + begin, at + end))
-                merge.add(*attention(query, key, value, spec.over_keys(at + begin, at + end), backend))
+                merge.add(*attend(at + begin, at + end, read))
         return merge.result()
 
     def backward(
@@ -169,7 +174,9 @@ class KeyStream:
         rest = zip(self._parameters(), wanted[len(row_sources) :], strict=True)
         parameters = [parameter for parameter, want in rest if want]
         dq, *sums = (torch.zeros_like(t, dtype=accumulator_dtype(t)) for t in (query, *parameters))
-        for source, begin, end, at, read in self._walk(query.device):
+
+        def differentiate(source: Source, begin: int, end: int, at: int, read: Callable[[], Tensor]) -> None:
+            """One chunk; what it made is gone when this returns."""
             with torch.enable_grad():
                 x = read()
                 leaves = parameters
@@ -182,17 +189,20 @@ class KeyStream:
             dq_part, dk, dv = attention_backward(
                 dout, dlse, query, key.detach(), value.detach(), residuals, part, backend
             )
-            dq += dq_part
+            dq.add_(dq_part)
             outputs = [(t, gradient) for t, gradient in ((key, dk), (value, dv)) if t.requires_grad]
             if not outputs or not leaves:
-                continue
+                return
             ends, gradients = zip(*outputs, strict=True)
             gradients = torch.autograd.grad(ends, leaves, gradients, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=False):  # the last may be that of x
                 if gradient is not None:
                     total += gradient.to(total.dtype)
-            if source in into and isinstance(source, Rows):
+            if isinstance(source, Rows) and source in into:
                 source.write(into[source], begin, end, gradients[-1])
+
+        for chunk in self._walk(query.device):
+            differentiate(*chunk)
         totals = [total.to(p.dtype) for total, p in zip(sums, parameters, strict=True)]
         return dq.to(query.dtype), [*into.values(), *totals]
 

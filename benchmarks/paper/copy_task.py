@@ -5,7 +5,7 @@
 
 Straight training on so long a context stays on the floor: at first each key gets 1/N of the gradient. So the
 context grows. Positions are the absolute sinusoids of the full length from the start, training sees a window
-around the mirror point, and the window doubles whenever accuracy passes 97 % (which position to copy from,
+around the mirror point, and the window doubles whenever accuracy passes 99 % (which position to copy from,
 j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. The final
 evaluation is at full length with nothing left out: every token of the second half of sequences never seen,
 each from all that stands before it.
@@ -53,8 +53,8 @@ class Recipe:
     lr: float = 2e-3
     step_latents: int = 1024  # predictions of a training step, over all its examples
     first_reach: int = 64  # half the first window
-    passed: float = 0.97  # smoothed accuracy at which the window doubles
-    goal: float = 0.995  # and at which, at full length, the learning rate starts to fall
+    passed: float = 0.99  # smoothed accuracy at which the window doubles
+    goal: float = 0.998  # and at which, at full length, the learning rate starts to fall
     cooldown: int = 150  # steps in which it falls to 0
     warmup: int = 20
 

@@ -10,7 +10,7 @@ CXX_SOURCES := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name
 .PHONY: help build demo test sanitize aarch64 bench gpu-check static docs wheel hub lint format clean
 
 help:
-	@echo "make demo    verify, bench, train on real text and swap into another model (6 minutes on 2 cores)"
+	@echo "make demo    verify, bench, train on real text, swap into another model, learn a copy (8 minutes on 2 cores)"
 	@echo "make test    the test suite"
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
 	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table, JSON and a page"
@@ -45,6 +45,7 @@ build: $(VENV)/.built
 
 demo: build
 	$(BIN)/perceiver-kernels demo --output demo-output
+	$(BIN)/python -m benchmarks.paper.copy_task --positions 2048 --output demo-output
 
 # Once more for the Triton kernels, under their interpreter: it is chosen when a process starts.
 INTERPRETED := $(addprefix tests/test_,contract.py gradients.py dropout.py varlen.py invariants.py triton.py)

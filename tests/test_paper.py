@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,43 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CommandError, match=r"a\.pt is no checkpoint of this task"):
             Training.load(path, TINY)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, path = Training(TINY), tmp_path / "a.pt"
+    step, before = Training.step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self: Training) -> Any:
+        if len(self.log) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Training, "step", interrupted)
+    assert not copy_task.train(training, path, minutes=1, save_minutes=1)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert losses(Training.load(path, TINY)) == losses(training)
+    assert len(training.log) == 3
+
+
+def test_the_command_trains_a_little_evaluates_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    line = ["copy_task", "--positions", "256", "--latents", "16", "--output", str(tmp_path)]
+    for minutes in ("0.01", "0.02"):
+        monkeypatch.setattr(sys, "argv", [*line, "--minutes", minutes])
+        copy_task.main()
+    result = json.loads((tmp_path / "copy-task-256.json").read_text())
+    assert (result["told"], result["finished"]) == (4 * 128, False)
+    assert [point["step"] for point in result["log"]] == list(range(len(result["log"])))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"copy-task-256.{ending}" for ending in ("json", "png", "pt", "safetensors")}
+    assert "going on after step" in capsys.readouterr().out
+    for wrong in (["--positions", "1000"], ["--latents", "0"]):
+        monkeypatch.setattr(sys, "argv", [*line, *wrong])
+        with pytest.raises(SystemExit):
+            copy_task.main()
+        assert f"{wrong[0]} must be" in capsys.readouterr().err
 
 
 class Oracle:

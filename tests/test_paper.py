@@ -152,7 +152,7 @@ def test_windows_grow_to_the_full_length_and_tell_their_edges(monkeypatch: pytes
         assert point["accuracy"] == 1.0
     doubled = [p["positions"] for p in training.log[TINY.warmup :]]
     assert [k for k, _ in itertools.groupby(doubled)] == [32, 64, 128]
-    training.recipe = Recipe(**{**vars(TINY), "cooldown": 400, "goal": 2.0})
+    training.recipe = Recipe(**{**vars(TINY), "cooldown": 400, "goal": 2.0})  # out of reach
     oracle.told.clear()
     for _ in range(300):
         training.step()
@@ -160,13 +160,13 @@ def test_windows_grow_to_the_full_length_and_tell_their_edges(monkeypatch: pytes
     assert max(oracle.told) == 255
     assert oracle.told.count(255) > 10  # at random places alone it would be 300 of 105
     assert oracle.told.count(128) > 10
-    assert training.cooling == 0
-    training.recipe = TINY
+    assert (training.settled, training.cooling) == (300, 0)
+    training.recipe = Recipe(**{**vars(TINY), "goal": 2.0, "patience": 302})
     rates = []
     while not training.done:
         training.step()
         rates.append(training.optimizer.param_groups[0]["lr"] / TINY.lr)
-    assert rates == pytest.approx([1, 2 / 3, 1 / 3])
+    assert rates == pytest.approx([1, 1, 2 / 3, 1 / 3])  # patience ends with the second step
 
 
 def test_predict_is_the_model_and_windows_keep_their_places() -> None:

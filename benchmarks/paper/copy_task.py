@@ -54,7 +54,8 @@ class Recipe:
     step_latents: int = 1024  # predictions of a training step, over all its examples
     first_reach: int = 64  # half the first window
     passed: float = 0.99  # smoothed accuracy at which the window doubles
-    goal: float = 0.995  # and at which, at full length, the learning rate starts to fall
+    goal: float = 0.998  # and at which, at full length, the learning rate starts to fall
+    patience: int = 600  # or after so many steps there
     cooldown: int = 300  # steps in which it falls to 0
     warmup: int = 20
 
@@ -93,7 +94,8 @@ class Training:
         self.draw = torch.Generator().manual_seed(TRAINING)
         self.reach = min(recipe.first_reach, recipe.positions // 2)
         self.accuracy = 0.0  # smoothed
-        self.cooling = 0  # steps since the goal was reached
+        self.settled = 0  # steps at full length
+        self.cooling = 0  # those since the learning rate began to fall
         self.seconds = 0.0
         self.log: list[dict[str, Any]] = []
 
@@ -135,8 +137,10 @@ class Training:
         if self.reach < middle:
             if self.accuracy >= recipe.passed:
                 self.reach, self.accuracy = min(2 * self.reach, middle), 0.0
-        elif self.cooling or self.accuracy >= recipe.goal:
-            self.cooling += 1
+        else:
+            self.settled += 1
+            if self.cooling or self.accuracy >= recipe.goal or self.settled >= recipe.patience:
+                self.cooling += 1
         return point
 
     def save(self, path: Path) -> None:

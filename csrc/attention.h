@@ -42,7 +42,7 @@ struct Attention {
   double softcap;    // 0: none
   double dropout_p;  // 0: none
   uint64_t dropout_seed = 0;
-  int64_t dropout_first_key = 0;  // what key 0 is called in the dropout counter
+  int64_t dropout_first_key = 0;             // what key 0 is called in the dropout counter
   const int64_t* dropout_seed_at = nullptr;  // the two in the device's memory, for GPUs
 };
 

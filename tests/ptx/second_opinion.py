@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests python -m ptx.second_opinion --json FILE --markdown FILE    (20 minutes)
 
-Needs nvcc, and the command `sentryward` of any environment (pip install sentryward==0.1.1), named by $SENTRYWARD
-where it isn't on PATH. The verifier takes a launch's sizes as they are, each pointer as an object of its own, and
-considers every schedule. What it is told to make up for what it doesn't compute is in :func:`prepared`. So that
-its silence means something, --mutants deletes each barrier and each wait of two kernels in turn.
+Needs nvcc, and the command `sentryward` of any environment (pip install sentryward==0.1.1), named by
+$SENTRYWARD where it isn't on PATH. The verifier takes a launch's sizes as they are, each pointer as an object
+of its own, and considers every schedule. What makes up for what it doesn't compute is in :func:`prepared`. So
+that its silence means something, --mutants deletes each barrier and each wait of two kernels in turn.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class Configurations(Recorder):
 def prepared(ptx: str) -> str:
     """The same kernel in words that the verifier computes with.
 
-    Parameters are loaded by name instead of by registers that hold their addresses; bit fields are inserted by
-    ands and shifts. Asynchronous copies read all of their 16 bytes: how many it are depends on votes, and they
-    write 16 anyway.
+    Parameters are loaded by name instead of by registers that hold their addresses; bit fields are inserted
+    by ands and shifts. Asynchronous copies read all of their 16 bytes: how many it are depends on votes, and
+    they write 16 anyway.
     """
     places: dict[str, tuple[str, int]] = {}  # register: parameter, offset
     for target, parameter in re.findall(r"mov\.[bu]64 +\t?(%rd\d+), (\w+_param_\d+);", ptx):
@@ -110,13 +110,8 @@ def prepared(ptx: str) -> str:
         return f"{match[1]}[{parameter}+{start + int(match[3] or 0)}]"
 
     def inserted(match: re.Match[str]) -> str:
-        bits, target, field, into, at, length = (
-            match[1],
-            *match.group(2, 3, 4),
-            int(match[5]),
-            int(match[6]),
-        )
-        mask, moved = (1 << length) - 1, f"%moved{match[1]}"
+        bits, target, field, into = match.group(1, 2, 3, 4)
+        at, mask, moved = int(match[5]), (1 << int(match[6])) - 1, f"%moved{bits}"
         others = ~(mask << at)  # as a signed number
         return (
             f"and.b{bits} {moved}, {field}, {mask}; shl.b{bits} {moved}, {moved}, {at}; "
@@ -250,10 +245,8 @@ def main() -> int:
                 bar.update(task, description=f"{launch.case} {short(launch.kernel)}")
                 rows += opinions(launch)
                 bar.advance(task)
-            main_kernels = [
-                each for each in todo if each.case == "D 64" and "attention" in short(each.kernel)
-            ]
-            for launch in main_kernels if options.mutants else ():
+            broken = [each for each in todo if each.case == "D 64" and short(each.kernel)[:9] == "attention"]
+            for launch in broken if options.mutants else ():
                 for which, ptx in without_one(launch.ptx):
                     bar.update(task, description=f"{short(launch.kernel)} without {which}")
                     mutants.append(opinion(launch, ptx, True) | {"without": which})
@@ -264,7 +257,7 @@ def main() -> int:
         caught = sum(row["result"] != "race_free" for row in mutants)
         lines += [
             "",
-            f"Without one of their barriers or waits: {caught} of {len(mutants)} kernels are refused.",
+            f"Without one of their barriers or waits: {caught} of {len(mutants)} are refused.",
         ]
         lines += [f"- kept: {row['kernel']} without {row['without']}" for row in mutants
                   if row["result"] == "race_free"]  # fmt: skip
@@ -273,7 +266,7 @@ def main() -> int:
         write_json(options.json, result)
     if options.markdown:
         head = f"# SentryWard 0.1.1 over the CUDA kernels\n\ncommit {(result['commit'] or '?')[:12]}, "
-        head += f"{result['date'][:10]}, `{command}`: sm_80, bfloat16, small calls; every schedule of each launch.\n\n"
+        head += f"{result['date'][:10]}, `{command}`: sm_80, bfloat16, small calls.\n\n"
         options.markdown.write_text(head + "\n".join(lines) + "\n")
     return int(any(row["result"] in ("potential_race", "not_wellsynced") for row in rows))
 

@@ -12,7 +12,7 @@ pattern is dense attention within rows. Only the last, short row is padded; padd
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -51,21 +51,21 @@ class SparseAttention(Attention):
 
     def neighbours(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """i - j <= l: each row sees itself and the row before, within the band."""
-        k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), dim=3) for x in (k, v))
+        first = within_rows(q[:, :, :1], k[:, :, :1], v[:, :, :1], is_causal=True)
+        k, v = (torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3) for x in (k, v))
         back = torch.arange(self.stride, device=q.device)[:, None] + self.stride
         back = back - torch.arange(2 * self.stride, device=q.device)  # i - j
-        band = ((back >= 0) & (back <= self.stride)).expand(q.shape[2], -1, -1).clone()
-        band[0, :, : self.stride] = False  # nothing stands before the first row
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=band)
+        band = (back >= 0) & (back <= self.stride)
+        return torch.cat((first, within_rows(q[:, :, 1:], k, v, attn_mask=band)), dim=2)
 
     def every_stride(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """i - j a multiple of l: columns are sequences of their own."""
         q, k, v = (x.transpose(2, 3) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(2, 3)
+        return within_rows(q, k, v, is_causal=True).transpose(2, 3)
 
     def own_block(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """i and j in one row."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return within_rows(q, k, v, is_causal=True)
 
     def block_ends(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """j among the last c of its row; a query that sees none yet (the first row's) gives 0."""
@@ -75,6 +75,14 @@ class SparseAttention(Attention):
         seen = ends <= places[:, None]
         out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=seen)
         return out.unflatten(2, (-1, self.stride))
+
+
+def within_rows(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention over (B, H, R, L, D), each row by itself: as so many examples, which torch's kernels know."""
+    examples, rows = q.shape[0], q.shape[2]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, **options)
+    return out.unflatten(0, (examples, rows)).transpose(1, 2)
 
 
 class SparseTransformer(Transformer):

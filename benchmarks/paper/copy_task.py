@@ -202,7 +202,7 @@ def train(training: Training, path: Path, minutes: float, save_minutes: float) -
     stages = 1 + round(math.log2(training.recipe.positions / 2 / training.recipe.first_reach))
     try:
         with progress() as bar:
-            task = bar.add_task("training", total=stages + 1)
+            task = bar.add_task("training", total=stages)
             while not training.done and not stop and training.seconds < 60 * minutes:
                 point = training.step()
                 doublings = round(math.log2(training.reach / training.recipe.first_reach))

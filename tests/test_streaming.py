@@ -253,6 +253,15 @@ def test_self_attention_streams_its_latents() -> None:
     torch.testing.assert_close(plain(x), streamed(x))
 
 
+def test_sums_over_many_chunks_are_float32() -> None:
+    options, shape = {"num_heads": 3}, (1, 1500, DIM)
+    exact, plain, streamed = layers(options, torch.bfloat16, 2)
+    prefix = torch.randn(shape, generator=seeded(8)).bfloat16() + 1  # chunks' gradients that add up
+    latents, _, grad = (t[:1] for t in data(torch.bfloat16))
+    want = run(exact, latents.double(), prefix.double(), grad.double())
+    check(run(streamed, latents, prefix, grad), run(plain, latents, prefix, grad), want)
+
+
 def test_same_bits_every_time() -> None:
     _, _, streamed = layers({"num_heads": 3}, torch.float32, 8)
     a, b = (run(streamed, *data(torch.float32)) for _ in range(2))

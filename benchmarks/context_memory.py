@@ -155,6 +155,8 @@ def points(args: argparse.Namespace) -> Iterator[Callable[[list[Row]], Row | Non
         # By its importable name: this module itself runs as __main__.
         run = import_module("benchmarks.context_memory").measure
         row: Row = in_fresh_process(run, argument | {"cap_bytes": int(args.cap_gb * 2**30)})
+        if args.memory_only:
+            row.pop("seconds", None)
         return row
 
     ways, lengths = (
@@ -203,10 +205,12 @@ def report_memory(result: Result, plot: Path | None) -> None:
         else:
             out.print(
                 f"N={row['N']:>9,}  {name}: {row['growth_bytes'] / 2**20:,.0f} MiB beyond what was there, "
-                f"{row['process_bytes'] / 2**20:,.0f} MiB in all, {seconds(row['seconds'])}"
+                f"{row['process_bytes'] / 2**20:,.0f} MiB in all"
+                + (f", {seconds(row['seconds'])}" if "seconds" in row else "")
             )
     if plot and rows:
-        figure, (memory, took) = charts.canvas(2, 1, (11, 4.2))
+        timed = [row for row in rows if "seconds" in row]
+        figure, (memory, *took) = charts.canvas(2 if timed else 1, 1, (11 if timed else 6.5, 4.2))
         for way, color in WAYS.items():
             line = [row for row in rows if row["way"] == way and not row.get("over_cap")]
             if not line:
@@ -216,11 +220,13 @@ def report_memory(result: Result, plot: Path | None) -> None:
             memory.plot(
                 at, [row["growth_bytes"] / 2**20 for row in line], style, color=color, label=LABELS[way]
             )
-            took.plot(at, [row["seconds"] for row in line], style, color=color)
-        for axis, title in (
-            (memory, f"peak memory of a training step, MiB (dim {DIM}, {LATENTS} latents, float32)"),
-            (took, "its seconds"),
-        ):
+            for axis in took:
+                axis.plot(at, [row["seconds"] for row in line], style, color=color)
+        titles = (
+            f"peak memory of a training step, MiB (dim {DIM}, {LATENTS} latents, float32)",
+            "its seconds",
+        )
+        for axis, title in zip((memory, *took), titles, strict=False):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             ticks = sorted({row["N"] for row in rows})
@@ -263,6 +269,7 @@ def main() -> None:
         "--cap-gb", type=float, default=cap, help="GiB a process may allocate (default 80 %%)"
     )
     parser.add_argument("--repeat", type=int, default=5, help="samples of the time study (default 5)")
+    parser.add_argument("--memory-only", action="store_true", help="leave out times (a busy machine)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     args = parser.parse_args()

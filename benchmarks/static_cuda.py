@@ -33,13 +33,19 @@ LIBRARY = Path(_library.__file__).with_name("_C_cuda.so")
 PRICED = (80, 90)  # those of which benchmarks.sass has a machine table
 UNLIMITED = 1 << 30
 ROOMY = ("sm_80", "sm_90", "sm_100")  # where every kernel's shared memory must fit
-# Instructions in a loop, at most: with masks, or with an option that few calls have.
+# Instructions in a loop, at most, on any of the GPUs: ptxas shares registers out differently for each. On
+# sm_80, for which the tiles were chosen, the loop without masks or options never spills.
 KNOWN_SPILLS = {
-    ("attention_forward", 128, ""): 2,
-    ("attention_forward", 128, "score"): 3,
-    ("attention_backward", 64, "score"): 62,
-    ("attention_backward", 128, "score"): 4,
-    ("attention_backward", 192, "score"): 1,
+    ("attention_forward", 96, "score"): 2,
+    ("attention_forward", 128, ""): 17,
+    ("attention_forward", 128, "score"): 6,
+    ("attention_backward", 64, ""): 1,
+    ("attention_backward", 64, "score"): 54,
+    ("attention_backward", 96, "score"): 3,
+    ("attention_backward", 128, ""): 17,
+    ("attention_backward", 128, "score"): 31,
+    ("attention_backward", 192, "score"): 2,
+    ("attention_backward", 256, ""): 4,
 }
 _PRODUCT = 16 * 8 * 16  # multiply-adds of a tensor-core instruction
 
@@ -123,7 +129,8 @@ def fault(row: Row) -> str | None:
     """What is wrong with a row, None where nothing is."""
     known = KNOWN_SPILLS.get((row["kernel"], row["dim"], row["option"]), 0)
     spills = [loop["spills"] for loop in row["loops"]]
-    if spills and (max(spills) > known or (not row["option"] and (full(row) or {})["spills"])):
+    strict = row["arch"] == "sm_80" and not row["option"]
+    if spills and (max(spills) > known or (strict and (full(row) or {})["spills"])):
         return f"{' and '.join(map(str, spills))} spills in its loops"
     if row["shared"] > LIMITS[row["arch"]].shared_per_block and row["arch"] in ROOMY:
         return f"needs {row['shared']} bytes of shared memory"

@@ -57,6 +57,7 @@ def test_the_kernels_reach_their_targets(tmp_path: Path) -> None:
         ({"loops": [{"spills": 1}, {"spills": 0}]}, "1 and 0 spills in its loops"),
         ({"loops": [{"spills": 0}, {"spills": 2}], "dim": 128}, None),
         ({"loops": [{"spills": 2}, {"spills": 0}], "dim": 128}, "2 and 0 spills in its loops"),
+        ({"loops": [{"spills": 2}, {"spills": 0}], "dim": 128, "arch": "sm_90"}, None),
         ({"loops": [{"spills": 3}, {"spills": 0}], "dim": 128, "option": "score"}, None),
     ],
 )

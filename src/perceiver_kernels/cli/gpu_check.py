@@ -43,7 +43,7 @@ PEERS = ("torch-sdpa", "torch-flex", *GPU_PEERS)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZED = ("ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dead_example",
              "offset_per_example_masked", "softcap", "dropout", "packed")  # fmt: skip
-KERNELS = "attention|combine_splits|reduce_slabs"  # this package's alone, by their names
+KERNELS = "attention|combine_splits|pack_rows|reduce_slabs"  # this package's alone, by their names
 QUICK_CASES = ("train", "grouped", "decode")
 COLORS = {
     "passed": "green",

@@ -201,8 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"# What the CUDA kernels compile to\n\ncommit {(origin['commit'] or '?')[:12]}, "
             f"{origin['date'][:10]}, `{command}`; no GPU took part. The loop is the one without masks; "
             "score: with the code of soft cap and dropout. FA-2 is FlashAttention-2, causal, by the same "
-            "model. Of backward loops from D 96 on, whose warps work in pairs, the model skips what one of a pair "
-            "executes and so flatters them: docs/gpu-kernels.md has the figures with both.\n\n"
+            "model. Of backward loops from D 96 on, whose warps work in pairs, the model skips what one of a "
+            "pair executes and so flatters them: docs/gpu-kernels.md has the figures with both.\n\n"
             + "\n".join(table(rows)) + "\n"
         )  # fmt: skip
     faults = [(row, problem) for row in rows if (problem := fault(row))]

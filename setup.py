@@ -87,7 +87,7 @@ class CMakeBuild(build_ext):
             "PERCEIVER_KERNELS_EMULATED_SET": _switch("PERCEIVER_KERNELS_EMULATED_SET"),
             "PERCEIVER_KERNELS_WERROR": _switch("CI"),
         }
-        with_cuda = self.configure_cuda(options, torch.__version__)
+        with_cuda = self.configure_cuda(options)
         if not with_cuda:
             self.configure(options | {"PERCEIVER_KERNELS_CUDA": "OFF"})
         self.build("kernels")
@@ -103,14 +103,12 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--build", str(self.folder), "--target", target])
         subprocess.check_call(["cmake", "--install", str(self.folder), "--component", target])
 
-    def configure_cuda(self, options: dict[str, object], torch_version: str) -> bool:
+    def configure_cuda(self, options: dict[str, object]) -> bool:
         """Whether the project is now configured with the CUDA kernels."""
         mode, nvcc = _mode("PERCEIVER_KERNELS_CUDA"), _nvcc()
         reason = None
         if nvcc is None:
             reason = "nvcc was not found (PATH, CUDACXX, CUDA_HOME)"
-        elif tuple(map(int, torch_version.split(".")[:2])) < (2, 13):
-            reason = f"they need the headers of torch 2.13 or newer, this is {torch_version}"
         if mode == "skip" or reason is not None:
             if mode == "require":
                 raise SystemExit(f"PERCEIVER_KERNELS_CUDA=require, but {reason}")

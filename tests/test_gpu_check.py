@@ -293,7 +293,9 @@ except KeyboardInterrupt:
 
 
 def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flash_attn_func(q: Any, k: Any, v: Any, *, causal: bool, softmax_scale: float) -> Any:
+    def flash_attn_func(
+        q: Any, k: Any, v: Any, *, causal: bool, softmax_scale: float, num_splits: int = 1
+    ) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         mask = seen if causal else None
@@ -301,18 +303,20 @@ def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch)
         out = attend(q, k, v, mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
         return out, None  # some versions return the lse, too
 
-    for module in ("flash_attn", "flash_attn_interface"):
+    for module in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=flash_attn_func))
-    for peer in ("flash-attn", "flash-attn-3"):
+    for peer in ("flash-attn", "flash-attn-3", "flash-attn-4"):
         for case in (
             Case("", H=4, Hkv=2, M=5, N=20, D=8, Dv=8, scale=0.3),
             Case("", M=5, N=9, is_causal=False),
         ):
             inputs = make_inputs(case, torch.bfloat16)
-            (attend,) = measure.ways(peer, inputs, False).values()
             want, _ = inputs.attend(inputs.query, inputs.key, inputs.value, "reference")
-            got = attend(inputs.query, inputs.key, inputs.value)
-            torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+            ways = measure.ways(peer, inputs, False)
+            assert len(ways) == (1 if peer == "flash-attn" else 2)
+            for attend in ways.values():
+                got = attend(inputs.query, inputs.key, inputs.value)
+                torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
         for case in (Case("", q_offset=3), Case("", key_mask="random"), Case("", M=9, N=5)):
             with pytest.raises(measure.Unsupported, match="flash-attn is causal from the bottom right alone"):
                 measure.ways(peer, make_inputs(case, torch.bfloat16), False)

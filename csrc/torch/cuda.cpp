@@ -1,6 +1,6 @@
-// The CUDA kernels as torch operators, on the LibTorch stable ABI: one library for torch 2.13 and newer. It
-// links against no part of torch that only a CUDA build has, so it loads, and can be asked, on any machine.
-#include <torch/csrc/stable/accelerator.h>
+// The CUDA kernels as torch operators, on the LibTorch stable ABI: one library for torch 2.10 and newer. It
+// links against no part of torch that only a CUDA build has, so it loads, and can be asked, on any machine;
+// torch's current stream is therefore an argument.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -49,10 +49,8 @@ Number* buffer_of(Tensor& t, const Tensor& query, ScalarType type, int64_t count
   return static_cast<Number*>(t.mutable_data_ptr());
 }
 
-pk::cuda::Target target_of(const Tensor& query, int64_t shared_limit) {
-  const auto device = query.get_device_index();
-  return {device, static_cast<int>(shared_limit),
-          torch::stable::accelerator::getCurrentStream(device).nativeHandle()};
+pk::cuda::Target target_of(const Tensor& query, int64_t shared_limit, int64_t stream) {
+  return {query.get_device_index(), static_cast<int>(shared_limit), reinterpret_cast<void*>(stream)};
 }
 
 std::vector<int64_t> device(int64_t index) {
@@ -81,7 +79,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
              const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
              double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
-             std::optional<Tensor> part_outs, std::optional<Tensor> part_lses, Tensor out, Tensor lse) {
+             int64_t stream, std::optional<Tensor> part_outs, std::optional<Tensor> part_lses, Tensor out, Tensor lse) {
   pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
@@ -97,7 +95,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
     parts.outs = buffer_of<float>(*part_outs, query, ScalarType::Float, rows * p.value_dim);
     parts.lses = buffer_of<float>(*part_lses, query, ScalarType::Float, rows);
   }
-  check_launch(pk::cuda::attention_forward(p, parts, target_of(query, shared_limit)));
+  check_launch(pk::cuda::attention_forward(p, parts, target_of(query, shared_limit, stream)));
 }
 
 void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& query, const Tensor& key,
@@ -106,7 +104,7 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
               const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
               const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
               double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
-              int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery, Tensor dkey, Tensor dvalue) {
+              int64_t stream, int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery, Tensor dkey, Tensor dvalue) {
   pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
@@ -129,7 +127,7 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
   const pk::cuda::Workspace workspace{
       static_cast<int>(runs), buffer_of<void>(tiles, query, ScalarType::Byte, row_tiles * tile.tile_bytes),
       buffer_of<float>(slabs, query, ScalarType::Float, runs * row_tiles * tile.slab_floats)};
-  check_launch(pk::cuda::attention_backward(p, gradient, workspace, target_of(query, shared_limit)));
+  check_launch(pk::cuda::attention_backward(p, gradient, workspace, target_of(query, shared_limit, stream)));
 }
 
 }  // namespace
@@ -140,12 +138,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
   m.def("cuda_forward_tile(ScalarType dtype, int dim, int rows, bool has_score, int shared_limit) -> int[]");
   m.def("cuda_backward_tile(ScalarType dtype, int dim, bool has_score, int shared_limit) -> int[]");
   m.def("cuda_forward(Tensor query, Tensor key, Tensor value, " PK_OPTIONS
-        "int longest_q, int longest_k, int shared_limit, Tensor(c!)? part_outs, Tensor(d!)? part_lses, "
+        "int longest_q, int longest_k, int shared_limit, int stream, Tensor(c!)? part_outs, Tensor(d!)? part_lses, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "cuda_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PK_OPTIONS
-      "int longest_q, int longest_k, int shared_limit, int runs, Tensor(d!) tiles, Tensor(e!) slabs, "
+      "int longest_q, int longest_k, int shared_limit, int stream, int runs, Tensor(d!) tiles, Tensor(e!) slabs, "
       "Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
 }
 

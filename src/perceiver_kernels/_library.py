@@ -24,7 +24,7 @@ def _load(name: str, kernels: str, needs: str) -> str | None:
 
 
 missing = _load("_C.so", "kernels", "a C++17 compiler")
-cuda_missing = _load("_C_cuda.so", "CUDA kernels", "the CUDA toolkit (nvcc), torch 2.13 or newer,")
+cuda_missing = _load("_C_cuda.so", "CUDA kernels", "the CUDA toolkit (nvcc)")
 
 
 def _import_native() -> ModuleType | None:

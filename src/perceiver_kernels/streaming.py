@@ -263,7 +263,7 @@ class _Ambient:
     def __init__(self, device: torch.device) -> None:
         kind = device.type
         self.device = device
-        self.autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if self.autocast else None
         self.cpu_state = torch.get_rng_state()
         self.cuda_state = torch.cuda.get_rng_state(device) if kind == "cuda" else None

@@ -1,7 +1,6 @@
 // The host part of the CUDA kernels, as operators on CPU tensors, over a CUDA runtime that hands every launch
 // to a callback instead of a GPU.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -78,17 +77,6 @@ cudaError_t cudaSetDevice(int) { return cudaErrorInvalidDevice; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInsufficientDriver ? "the driver is too old" : "no reason";
-}
-
-// Torch's current stream, of which a CPU has none.
-AOTITorchError aoti_torch_get_current_stream(int32_t, StreamHandle* stream) {
-  *stream = reinterpret_cast<StreamHandle>(1);
-  return 0;
-}
-AOTITorchError aoti_torch_delete_stream(StreamHandle) { return 0; }
-AOTITorchError torch_stream_native_handle(StreamHandle, void** handle) {
-  *handle = reinterpret_cast<void*>(0x57);
-  return 0;
 }
 
 }  // extern "C"

@@ -43,7 +43,7 @@ def _library() -> ctypes.CDLL:
         command = [
             NVCC, "-shared", "-cudart", "none", "-std=c++17", "-O1", "-Xcompiler",
             "-fPIC,-fvisibility=hidden", "-gencode", "arch=compute_80,code=compute_80",
-            "-DTORCH_TARGET_VERSION=0x020d000000000000",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
             f"-I{CSRC}", f"-I{torch_folder}/include", str(Path(__file__).with_name("recorder.cpp")),
             *map(str, SOURCES), f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(target),
         ]  # fmt: skip
@@ -52,6 +52,9 @@ def _library() -> ctypes.CDLL:
             raise RuntimeError(f"nvcc failed:\n{done.stderr}")
         torch.ops.load_library(str(target))
         return ctypes.CDLL(str(target))
+
+
+STREAM = 0x57  # recorder.cpp takes launches there and nowhere else
 
 
 class Recorder:
@@ -109,13 +112,13 @@ def recorded(
     callback = _CALLBACK(recorder.run)
     library.record(callback)
     library.pretend(processors, shared_per_block, 0)
-    before = cuda._ops
-    cuda._ops = recorder
+    before = cuda._ops, cuda._stream
+    cuda._ops, cuda._stream = recorder, lambda device: STREAM
     for cached in (cuda._device, cuda.forward_tile, cuda.backward_tile):
         cached.cache_clear()
     try:
         yield recorder
     finally:
-        cuda._ops = before
+        cuda._ops, cuda._stream = before
         for cached in (cuda._device, cuda.forward_tile, cuda.backward_tile):
             cached.cache_clear()

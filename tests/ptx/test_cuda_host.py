@@ -15,7 +15,7 @@ from ptx.nvcc_ptx import NVCC
 if NVCC is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
-from ptx.recorder import recorded
+from ptx.recorder import STREAM, recorded
 
 BF16, F16 = torch.bfloat16, torch.float16
 PROCESSORS = 2
@@ -89,7 +89,8 @@ def test_the_operator_refuses_what_would_read_foreign_memory() -> None:
 
     def run(query: torch.Tensor, longest: int = 20, part_outs=parts[0], part_lses=parts[1]) -> None:
         gpu.cuda_forward(
-            query, key, value, *inputs.spec().options(), longest, 100, 166912, part_outs, part_lses, out, lse
+            query, key, value, *inputs.spec().options(), longest, 100, 166912, STREAM, part_outs, part_lses, out,
+            lse,
         )
 
     with recorded(PROCESSORS) as gpu:

@@ -174,6 +174,11 @@ def _device(device: torch.device) -> Device:
     return Device(*_ops.cuda_device(-1 if device.index is None else device.index))
 
 
+def _stream(device: torch.device) -> int:
+    """The handle of torch's current stream there."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
     """Every reason why this backend can't serve the call."""
     reasons = [
@@ -213,8 +218,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> t
         part_lses = lse.new_empty((splits, *lse.shape))
         parts = lse.new_empty((*part_lses.shape, problem.value_dim))
     _ops.cuda_forward(
-        query, key, value, *spec.options(), problem.queries, problem.keys, device.shared_per_block, parts,
-        part_lses, out, lse,
+        query, key, value, *spec.options(), problem.queries, problem.keys, device.shared_per_block,
+        _stream(query.device), parts, part_lses, out, lse,
     )  # fmt: skip
     return out, lse
 
@@ -239,7 +244,7 @@ def backward(
     slabs = lse.new_empty(runs * row_tiles * tile.slab_floats)
     _ops.cuda_backward(
         dout, dlse, query, key, value, out, lse, *spec.options(), problem.queries, problem.keys,
-        device.shared_per_block, runs, tiles, slabs, *outputs,
+        device.shared_per_block, _stream(query.device), runs, tiles, slabs, *outputs,
     )  # fmt: skip
     for gradient, output in zip(gradients, outputs, strict=True):
         if gradient is not output:

@@ -1,8 +1,8 @@
 """Time every usable backend against torch's own ways to compute the same attention, in one interleaved run.
 
 The peers are torch-eager (matmul, softmax, matmul), torch-sdpa (scaled_dot_product_attention with the
-bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention); on a GPU also flash-attn and
-flash-attn-3, where they are installed. A backend is timed only if its results are within budget first.
+bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention); on a GPU also flash-attn,
+flash-attn-3 and flash-attn-4, where they are installed. A backend is timed only if its results are within budget first.
 """
 
 from __future__ import annotations

@@ -135,14 +135,23 @@ def inventory(device: str) -> list[dict[str, Any]]:
     for module, purpose in (
         ("flash_attn", "flash-attn"),
         ("flash_attn_interface", "flash-attn-3"),
+        ("flash_attn.cute", "flash-attn-4"),
         ("matplotlib", "the chart"),
     ):
-        there = importlib.util.find_spec(module) is not None
-        items.append((module, None if there else f"not installed; it is needed for {purpose}", False))
+        missing = None if installed(module) else f"not installed; it is needed for {purpose}"
+        items.append((module, missing, False))
     return [
         {"name": name, "found": reason is None, "needed": needed, "reason": reason}
         for name, reason, needed in items
     ]
+
+
+def installed(module: str) -> bool:
+    """Whether a module is there, without running it; a submodule's package is run."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def sanitizer() -> str | None:

@@ -173,7 +173,8 @@ def torch_flex(
 def flash_attn(
     module: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backward: bool
 ) -> dict[str, Attend]:
-    """Dao's flash-attn: `module` is "flash_attn" (FlashAttention-2) or "flash_attn_interface" (3)."""
+    """Dao's flash-attn: `module` is "flash_attn" (FlashAttention-2), "flash_attn_interface" (3) or
+    "flash_attn.cute" (4)."""
     if spec.is_packed or spec.dropout_p or spec.softcap:
         raise Unsupported("the flash-attn peer covers a plain causal or full mask only")
     if (spec.is_causal and not _is_lower_right(query, key, spec)) or spec.key_mask is not None:
@@ -182,16 +183,21 @@ def flash_attn(
         raise Unsupported("flash-attn takes float16 and bfloat16 alone")
     try:
         attention = import_module(module).flash_attn_func
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise Unsupported(f"the Python module {module} is not installed: {error}") from error
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = (x.transpose(1, 2) for x in (q, k, v))  # it has heads after positions
-        result = attention(*rows, causal=spec.is_causal, softmax_scale=spec.scale)
-        out: Tensor = result[0] if isinstance(result, tuple) else result  # some versions add the lse
-        return out.transpose(1, 2)
+    def with_options(**options: int) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = (x.transpose(1, 2) for x in (q, k, v))  # it has heads after positions
+            result = attention(*rows, causal=spec.is_causal, softmax_scale=spec.scale, **options)
+            out: Tensor = result[0] if isinstance(result, tuple) else result  # some versions add the lse
+            return out.transpose(1, 2)
 
-    return {"": attend}
+        return attend
+
+    if module == "flash_attn":  # splits the keys by a rule of its own
+        return {"": with_options()}
+    return {"one split": with_options(), "its own splits": with_options(num_splits=0)}
 
 
 PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionSpec, bool], dict[str, Attend]]] = {
@@ -200,5 +206,6 @@ PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionSpec, bool], dict[st
     "torch-flex": torch_flex,
     "flash-attn": partial(flash_attn, "flash_attn"),
     "flash-attn-3": partial(flash_attn, "flash_attn_interface"),
+    "flash-attn-4": partial(flash_attn, "flash_attn.cute"),
 }
-GPU_PEERS = ("flash-attn", "flash-attn-3")
+GPU_PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4")

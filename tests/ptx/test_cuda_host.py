@@ -89,7 +89,17 @@ def test_the_operator_refuses_what_would_read_foreign_memory() -> None:
 
     def run(query: torch.Tensor, longest: int = 20, part_outs=parts[0], part_lses=parts[1]) -> None:
         gpu.cuda_forward(
-            query, key, value, *inputs.spec().options(), longest, 100, 166912, STREAM, part_outs, part_lses, out,
+            query,
+            key,
+            value,
+            *inputs.spec().options(),
+            longest,
+            100,
+            166912,
+            STREAM,
+            part_outs,
+            part_lses,
+            out,
             lse,
         )
 

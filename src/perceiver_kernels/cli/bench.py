@@ -2,7 +2,8 @@
 
 The peers are torch-eager (matmul, softmax, matmul), torch-sdpa (scaled_dot_product_attention with the
 bottom-right mask, in its fastest form) and torch-flex (compiled FlexAttention); on a GPU also flash-attn,
-flash-attn-3 and flash-attn-4, where they are installed. A backend is timed only if its results are within budget first.
+flash-attn-3 and flash-attn-4, where they are installed. A backend is timed only if its results are within
+budget first.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
              const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
              double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
-             int64_t stream, std::optional<Tensor> part_outs, std::optional<Tensor> part_lses, Tensor out, Tensor lse) {
+             int64_t stream, std::optional<Tensor> part_outs, std::optional<Tensor> part_lses, Tensor out,
+             Tensor lse) {
   pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
@@ -104,7 +105,8 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
               const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
               const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
               double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
-              int64_t stream, int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery, Tensor dkey, Tensor dvalue) {
+              int64_t stream, int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery, Tensor dkey,
+              Tensor dvalue) {
   pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
@@ -138,12 +140,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
   m.def("cuda_forward_tile(ScalarType dtype, int dim, int rows, bool has_score, int shared_limit) -> int[]");
   m.def("cuda_backward_tile(ScalarType dtype, int dim, bool has_score, int shared_limit) -> int[]");
   m.def("cuda_forward(Tensor query, Tensor key, Tensor value, " PK_OPTIONS
-        "int longest_q, int longest_k, int shared_limit, int stream, Tensor(c!)? part_outs, Tensor(d!)? part_lses, "
+        "int longest_q, int longest_k, int shared_limit, int stream, Tensor(c!)? part_outs, Tensor(d!)? "
+        "part_lses, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "cuda_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PK_OPTIONS
-      "int longest_q, int longest_k, int shared_limit, int stream, int runs, Tensor(d!) tiles, Tensor(e!) slabs, "
+      "int longest_q, int longest_k, int shared_limit, int stream, int runs, Tensor(d!) tiles, Tensor(e!) "
+      "slabs, "
       "Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import perceiver_kernels as pk
-from perceiver_kernels.testing.budget import budget, math_reference, reference64
+from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import CASES, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 
@@ -133,6 +133,14 @@ def refusal(backend: str, case: Case, dtype: torch.dtype = torch.float32) -> str
         },
     }
     return next((text for text, refuses in refused.get(backend, {}).items() if refuses), None)
+
+
+def assert_alike(got: Tensor, want: Tensor) -> None:
+    """Two ways to the same result: equal element by element, or, where 16 bits round in between, in norm."""
+    if want.dtype.itemsize == 2:
+        assert relative_error(got, want) <= 2 * torch.finfo(want.dtype).eps
+    else:
+        torch.testing.assert_close(got, want)
 
 
 def usual(backend: str) -> torch.dtype:

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BY_NAME, DEVICE, USABLE, finest, refusal
+from conftest import BY_NAME, DEVICE, USABLE, finest, refusal, usual
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import perceiver_kernels as pk
+from perceiver_kernels import dispatch
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 
 CHECKED = ("transposed_grouped", "expanded", "softcap", "dropout", "offset_per_example_masked", "packed",
            "no_queries")  # fmt: skip
 
 
-def inputs_of(name: str, backend: str, dtype: torch.dtype = torch.float32) -> Inputs:
+def inputs_of(name: str, backend: str, dtype: torch.dtype | None = None) -> Inputs:
+    dtype = usual(backend) if dtype is None else dtype
     why_not = refusal(backend, BY_NAME[name], dtype)
     if why_not:
         pytest.skip(why_not)
@@ -70,10 +72,8 @@ def test_compile_with_dynamic_shapes_does_not_recompile(backend: str) -> None:
         return pk.perceiver_attention(query, key, value, key_mask=mask, return_lse=True, backend=backend)
 
     def arguments(queries: int, keys: int) -> tuple[Tensor, ...]:
-        return (
-            torch.randn(2, 4, queries, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 16),
-            torch.rand(2, keys) < 0.5,
-        )  # fmt: skip
+        shapes = (2, 4, queries, 8), (2, 2, keys, 8), (2, 2, keys, 16)
+        return *(torch.randn(shape, dtype=usual(backend)) for shape in shapes), torch.rand(2, keys) < 0.5
 
     attend(*arguments(3, 7))
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -114,6 +114,15 @@ def test_checks_of_contents_hold_under_compile() -> None:
     attend(rows, rows, rows, good, good)
     with pytest.raises(ValueError, match=r"^cu_seqlens_k must end at key's 6 rows, got 5$"):
         attend(rows, rows, rows, good, bad)
+
+
+def test_compile_asks_gpu_backends_first_where_they_are_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    order = ["triton", "cuda", *(name for name in dispatch.BACKENDS if name not in ("triton", "cuda"))]
+    monkeypatch.setattr(dispatch, "order", lambda device: order)
+    rows = torch.randn(1, 2, 6, 8)
+    attend = torch.compile(pk.perceiver_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(attend(rows, rows, rows), pk.perceiver_attention(rows, rows, rows))
 
 
 class Attend(nn.Module):

@@ -109,7 +109,7 @@ def test_compiles_without_a_graph_break(layout):
     x = torch.randn(2, 5, 3, 8, requires_grad=True)
 
     def rotate(x):
-        return apply_rotary(x, *rotary_cos_sin(torch.arange(5), 4), layout=layout)
+        return apply_rotary(x, *rotary_cos_sin(torch.arange(5, device=x.device), 4), layout=layout)
 
     torch.testing.assert_close(torch.compile(rotate, fullgraph=True, backend="aot_eager")(x), rotate(x))
 

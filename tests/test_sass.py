@@ -34,6 +34,8 @@ from benchmarks.sass.listing import NO_BARRIER, Instruction, parse_sass, parse_u
 from benchmarks.sass.machines import MACHINES, group, memory_bytes, pipes  # noqa: E402
 from benchmarks.sass.price import LoopReport, price_loop  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("compiled there")
+
 A100, H100 = MACHINES[80], MACHINES[90]
 CUDA_ARCHES = (80, 86, 89, 90, 100, 120)
 HIP_ARCHES = ("gfx942", "gfx950")

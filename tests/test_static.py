@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import shipped, static  # noqa: E402
 from perceiver_kernels.backends.triton.configs import Config  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("compiled there")
+
 GOOD = {
     "arch": "sm_80", "kernel": "attention_forward", "problem": "D64 bf16 M1024", "dim": 64, "config": "",
     "registers": 255, "spills": 0, "shared": 1000, "limit": 1000, "loops": {},

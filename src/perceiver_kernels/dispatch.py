@@ -70,7 +70,7 @@ def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec:
         if not reasons:
             return name
         refusals += [f"{name}: {reason}" for reason in reasons]
-    call = ", ".join(describe(n, t) for n, t in (("query", query), ("key", key), ("value", value)))
+    call = ", ".join([describe(n, t) for n, t in (("query", query), ("key", key), ("value", value))])
     subject = "no backend" if backend is None else f"backend {backend!r}"
     can = "can" if backend is None else "cannot"
     raise ValueError(f"{subject} {can} serve {call}\n  " + "\n  ".join(refusals))

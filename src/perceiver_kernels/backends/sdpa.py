@@ -164,13 +164,27 @@ def _widen(tensor: Tensor, width: int) -> Tensor:
 
 
 def _public_function(call: _Call) -> Tensor:
-    # Some of torch's kernels give NaN for a row without keys: such rows see all, and are overwritten.
+    # Some of torch's kernels give NaN for a row without keys: such rows see all, and are overwritten. Some do
+    # for a negative scale, and some read rows that begin at odd addresses wrongly.
     bias = None if call.bias is None else call.bias.masked_fill(call.dead[:, :, :, None], 0.0)
+    q = call.q if call.scale >= 0.0 else -call.q
     out: Tensor = F.scaled_dot_product_attention(
-        call.q, call.k, call.v, bias, is_causal=call.is_causal, scale=call.scale,
+        _at_even_addresses(q), _at_even_addresses(call.k), _at_even_addresses(call.v), bias,
+        is_causal=call.is_causal, scale=abs(call.scale),
         enable_gqa=call.q.shape[1] != call.k.shape[1],
     )  # fmt: skip
     return out
+
+
+def _at_even_addresses(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its own rows don't begin at multiples of 16 bytes."""
+    unit = 16 // tensor.element_size()
+    even = tensor.is_contiguous() or all(stride % unit == 0 for stride in tensor.stride()[:-1])
+    return (
+        tensor
+        if even and tensor.data_ptr() % 16 == 0
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _row_lse(call: _Call) -> Tensor:

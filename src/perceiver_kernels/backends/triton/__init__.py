@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceiver_kernels._compile import constant_result
 from perceiver_kernels.backends.triton.configs import Config, Device, backward_config, forward_config
 from perceiver_kernels.spec import AttentionSpec, dtype_name, empty_gradients, empty_outputs
 
@@ -40,6 +41,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+@constant_result  # torch 2.11 and older can't trace find_spec
 def _installed() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None

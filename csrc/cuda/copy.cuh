@@ -27,6 +27,20 @@ __device__ __forceinline__ void wait_for_copies() {
   __syncthreads();
 }
 
+// Until those of this thread have landed.
+__device__ __forceinline__ void wait_for_own_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
+
+// Barriers of some warps, kThreads in all: those that arrive go on, those that await don't until all are there.
+template <int kThreads>
+__device__ __forceinline__ void arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+template <int kThreads>
+__device__ __forceinline__ void await(int barrier) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // Rows of kDim numbers. Eight rows' chunks of one column lie in different banks: a row permutes its chunks,
 // in groups of kSpan, by the exclusive or with a number that differs between rows that begin in the same
 // bank.
@@ -59,9 +73,13 @@ struct Copier {
   static_assert((kRows % kRowStep == 0 || kSteps == 1) && kRowStep % 8 == 0,
                 "equal shares, or one row or none");
 
-  int row = threadIdx.x / kSpan;
-  int column = threadIdx.x % kSpan * kChunk;
-  uint32_t offset = Tile<kDim>::offset(threadIdx.x / kSpan, threadIdx.x % kSpan);
+  int row, column;
+  uint32_t offset;
+
+  __device__ explicit Copier(int thread = threadIdx.x)
+      : row(thread / kSpan),
+        column(thread % kSpan * kChunk),
+        offset(Tile<kDim>::offset(thread / kSpan, thread % kSpan)) {}
 
   // The chunks of row `row + step * kRowStep`, the first of which is at `source`.
   __device__ void copy_row(uint32_t tile, int step, const uint16_t* source, int dim, bool is_there) const {

@@ -57,6 +57,11 @@ struct ForwardKernel {
 // have the shared memory. has_score: softcap or dropout.
 const ForwardKernel* forward_kernel(DType dtype, int dim, int64_t rows, bool has_score, int shared_limit);
 
+// For Hopper, whose own instructions it needs: null beyond a head dim of 128. Worth it for many rows.
+namespace hopper {
+const ForwardKernel* forward_kernel(DType dtype, int dim, bool has_score);
+}
+
 using CombineKernel = void (*)(CombineArguments);  // grid: rows / 4, rounded up, of 128 threads
 CombineKernel combine_kernel(DType dtype);
 

@@ -136,16 +136,6 @@ __device__ __forceinline__ void receive(Transposed<kKeyTiles, kRowTiles>& weight
   }
 }
 
-template <int kThreads>
-__device__ __forceinline__ void arrive(int barrier) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
-template <int kThreads>
-__device__ __forceinline__ void await(int barrier) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
 // dS^T, rounded, to a tile whose rows are keys. `tile`: the warp's first key.
 template <class Element, int kBlockM, int kKeyTiles, int kRowTiles>
 __device__ __forceinline__ void store_gradients(const Transposed<kKeyTiles, kRowTiles>& gradients,

@@ -110,7 +110,17 @@ __device__ __forceinline__ void multiply_scores(Accumulator (&scores)[kRowTiles]
   }
 }
 
-// sums += weights @ value. The accumulators of two neighbouring key tiles are, rounded, a left operand.
+// The accumulators of two neighbouring tiles of eight columns are, rounded, a left operand.
+template <class Element, int kTiles>
+__device__ __forceinline__ void pack_weights(Fragment& a, const Accumulator (&weights)[kTiles], int pair) {
+  const Accumulator &low = weights[2 * pair], &high = weights[2 * pair + 1];
+  a[0] = pack<Element>(low[0], low[1]);
+  a[1] = pack<Element>(low[2], low[3]);
+  a[2] = pack<Element>(high[0], high[1]);
+  a[3] = pack<Element>(high[2], high[3]);
+}
+
+// sums += weights @ value.
 template <class Element, int kDim, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void add_weighted(Accumulator (&sums)[kRowTiles][kDim / 8],
                                              const Accumulator (&weights)[kRowTiles][kKeyTiles],
@@ -119,12 +129,7 @@ __device__ __forceinline__ void add_weighted(Accumulator (&sums)[kRowTiles][kDim
   for (int k = 0; k < kKeyTiles; k += 2) {
     Fragment a[kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      a[m][0] = pack<Element>(weights[m][k][0], weights[m][k][1]);
-      a[m][1] = pack<Element>(weights[m][k][2], weights[m][k][3]);
-      a[m][2] = pack<Element>(weights[m][k + 1][0], weights[m][k + 1][1]);
-      a[m][3] = pack<Element>(weights[m][k + 1][2], weights[m][k + 1][3]);
-    }
+    for (int m = 0; m < kRowTiles; ++m) pack_weights<Element>(a[m], weights[m], k / 2);
 #pragma unroll
     for (int n = 0; n < kDim / 8; n += 2) {
       Fragment b;

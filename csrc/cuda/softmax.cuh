@@ -51,18 +51,19 @@ __device__ __forceinline__ void cap_scores(Accumulator (&scores)[kRowTiles][kKey
 }
 
 // -inf where bit j of `keys` isn't set or key first + j is beyond the row's limit; j counts from this
-// thread's first.
-template <int kRowTiles, int kKeyTiles>
+// thread's first of the eight tiles of keys (all there are, if fewer) from kFirstTile on.
+template <int kFirstTile = 0, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_scores(Accumulator (&scores)[kRowTiles][kKeyTiles], uint64_t keys,
                                             const int (&limits)[kRowTiles][2], int first) {
+  constexpr int kTiles = kKeyTiles - kFirstTile < 8 ? kKeyTiles - kFirstTile : 8;
 #pragma unroll
-  for (int n = 0; n < kKeyTiles; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       int j = n * 8 + e % 2;
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        if (!(keys >> j & 1) || j >= limits[m][e / 2] - first) scores[m][n][e] = -INFINITY;
+        if (!(keys >> j & 1) || j >= limits[m][e / 2] - first) scores[m][kFirstTile + n][e] = -INFINITY;
       }
     }
   }

@@ -36,7 +36,8 @@ CSRC = ROOT / "csrc"
 @functools.cache
 def entries(source: Path) -> dict[str, str]:
     """The kernels of a source, each by itself as a module."""
-    module = compile_cuda(source, f"-I{CSRC}")
+    arch = "compute_90a" if source.parent.name == "hopper" else "compute_80"
+    module = compile_cuda(source, f"-I{CSRC}", arch=arch)
     head, *bodies = re.split(r"(?=^\.visible \.entry )", module, flags=re.MULTILINE)
     names = [re.match(r"\.visible \.entry (\w+)", body)[1] for body in bodies]  # type: ignore[index]
     return {name: head + body for name, body in zip(names, bodies, strict=True)}

@@ -9,6 +9,7 @@ import numpy as np
 
 from .isa import Body, Build, op
 from .isa_warp import members
+from .isa_wgmma import publish
 from .lanes import Array, Mask
 from .syntax import Imm, Reg, Sym
 
@@ -135,7 +136,7 @@ def _bar(b: Build) -> Body:
     if what == "red":
         return _bar_red(b)
     b.control = b.instr.pred is None
-    ident, wave, instr, pc = _uniform(b, 0), b.wave, b.instr, b.pc
+    ident, wave, instr, pc = _numbers(b, 0), b.wave, b.instr, b.pc
     count = _uniform(b, 1) if len(b.instr.operands) > 1 else None
     if what == "arrive" and count is None:
         raise b.unknown("bar.arrive without a thread count")
@@ -143,15 +144,17 @@ def _bar(b: Build) -> Body:
     def body(mask: Mask) -> Any:
         if aligned:
             wave.whole_warps(mask, instr, "barrier")
-        name = ident(mask)
+        names = ident(mask)
         expected = count(mask) if count else None
-        if what == "sync" and expected in (None, wave.lanes.threads) and complete(wave, mask, name):
+        whole = what == "sync" and expected in (None, wave.lanes.threads) and len(np.unique(names)) == 1
+        if whole and complete(wave, mask, int(names[0])):
             wave.order.block_barrier(slice(None) if mask is None else np.flatnonzero(mask))
             return None
         lanes = wave.all if mask is None else np.flatnonzero(mask)
-        for block in np.unique(wave.lanes.block_of[lanes]):
-            mine = lanes[wave.lanes.block_of[lanes] == block]
-            arrive(wave, int(block), name, mine, expected, pc, what == "sync", aligned)
+        blocks = wave.lanes.block_of[lanes]
+        for block, name in np.unique(np.stack((blocks, names)), axis=1).T:
+            mine = lanes[(blocks == block) & (names == name)]
+            arrive(wave, int(block), int(name), mine, expected, pc, what == "sync", aligned)
         return -1 if what == "sync" else None
 
     if b.instr.pred is not None and what == "sync":
@@ -185,6 +188,12 @@ def _predicated_barrier(b: Build, body: Body) -> Body:
         return -1
 
     return step
+
+
+def _numbers(b: Build, at: int) -> Any:
+    """A barrier's number in each lane that is here: warps that run together may meet at different ones."""
+    row = b.src(at, "u32")
+    return lambda mask: (row if mask is None else row[mask]).astype(np.int64)
 
 
 def _uniform(b: Build, at: int) -> Any:
@@ -257,7 +266,8 @@ def settle(wave: Wave, block: int) -> None:
         else:
             if barrier.arrived < barrier.expected:
                 continue
-            wave.order.some_warps(waiting, barrier.warps)
+            if len(waiting):
+                wave.order.some_warps(waiting, barrier.warps)
         del wave.barriers[key]
         for lanes, pc in zip(barrier.lanes, barrier.places, strict=True):
             mask = np.zeros(wave.lanes.n, np.bool_)
@@ -307,6 +317,11 @@ def _warp_sync(b: Build) -> Body:
 @op("membar", "fence")
 def _fence(b: Build) -> Body:
     """Orders one thread's own accesses, as they are here anyway; it makes no other thread wait."""
-    while b.take("gl", "cta", "sys", "gpu", "sc", "acq_rel", "proxy", "async", "level"):
+    if b.flag("proxy"):
+        b.need("async")
+        b.need("shared::cta")
+        wave = b.wave
+        return lambda mask: publish(wave, mask)
+    while b.take("gl", "cta", "sys", "gpu", "sc", "acq_rel", "level"):
         pass
     return lambda mask: None

@@ -130,6 +130,9 @@ class Machine:
             space = self.spaces[name]
             space.granule = granules[name]
             space.shadow = Shadow(len(space.data) // granules[name] + 1, self.wave.order, name == "global")
+            if name == "shared" and any(instr.op == "wgmma" for instr in program.code):
+                space.unpublished = np.zeros(len(space.data) // granules[name] + 1, np.bool_)
+                space.shadow.track_warps()
 
     # Memory
 

@@ -25,6 +25,7 @@ class Space:
         self.granule = 1
         self.shadow: Shadow | None = None
         self.writable = True
+        self.unpublished: Array | None = None  # granules written, not yet fenced for the async proxy
 
     def validate(self, start: int, size: int, state: int) -> None:
         for copy in range(self.copies):
@@ -37,6 +38,8 @@ class Space:
         self.data[:] = POISON
         if self.shadow is not None:
             self.shadow.forget()
+        if self.unpublished is not None:
+            self.unpublished[:] = False
 
     def locate(self, lanes: Array, address: Array, width: int, copy: Array | None) -> Array:
         """Byte offsets into `data` of in-bounds, aligned accesses; anything else is fatal."""
@@ -121,6 +124,8 @@ class Space:
                 return self._by_granule(self._bytes(at, width), values)
 
             twice = self.shadow.write(who, where, strong, _byte_report(report, self.granule), same)
+            if self.unpublished is not None:
+                self.unpublished[where] = True
         self.put(at, values)
         if twice is not None:
             twice &= ~self._by_granule(self._bytes(at, width), values)
@@ -161,6 +166,8 @@ class Space:
         assert self.shadow is not None
         who, where = self.granules(lanes, at, values.shape[1])
         mine = self.shadow.written.take(where) & np.int64(PENDING) != 0
+        if self.unpublished is not None:
+            self.unpublished[where] = True
         self.put(at, values)
         self.shadow.landed(who[mine], where[mine])
 

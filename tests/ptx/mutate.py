@@ -85,6 +85,19 @@ def _swap_in_mma(instr: Instr, text: str) -> Iterator[str]:
                 yield f"{text[: text.index('{')]}{', '.join(parts)};"
 
 
+def _swap_in_wgmma(instr: Instr, text: str) -> Iterator[str]:
+    """Swap the first two registers of the sums, or of a left operand that is in registers."""
+    if "mma_async" in instr.mods:
+        for group in re.findall(r"\{[^}]*\}", text):
+            first, second, *rest = group[1:-1].split(",")
+            yield text.replace(group, "{" + ",".join((second, first, *rest)) + "}", 1)
+
+
+def _flip_in_wgmma(instr: Instr, text: str) -> Iterator[str]:
+    if "mma_async" in instr.mods:
+        yield re.sub(r"([01])(\s*;)", lambda m: f"{1 - int(m[1])}{m[2]}", text)
+
+
 def _widen(instr: Instr, text: str) -> Iterator[str]:
     """A store writes its last register once more, behind its place."""
     if instr.op == "st" and {"b32", "f32"} & set(instr.mods):
@@ -121,14 +134,17 @@ def _shuffle(instr: Instr, text: str) -> Iterator[str]:
 
 
 RULES: dict[str, Rule] = {
-    "delete a barrier": _delete("bar.sync", "bar.warp.sync"),
-    "delete a wait": _delete("cp.async.wait_group", "cp.async.wait_all"),
+    "delete a barrier": _delete("bar.sync", "bar.warp.sync", "bar.arrive"),
+    "delete a wait": _delete("cp.async.wait_group", "cp.async.wait_all", "wgmma.wait_group.sync.aligned"),
+    "delete a fence": _delete("fence.proxy.async.shared::cta"),
     "weaken a wait": _weaker_wait,
-    "delete a commit": _delete("cp.async.commit_group"),
+    "delete a commit": _delete("cp.async.commit_group", "wgmma.commit_group.sync.aligned"),
     "shift a load": _shift("ld", "ldmatrix", by=128),
     "shift a store": _shift("st", by=128),
     "shift a copy": _shift("cp", by=128),
     "swap mma operands": _swap_in_mma,
+    "swap sums or weights of a wgmma": _swap_in_wgmma,
+    "flip a transposition of a wgmma": _flip_in_wgmma,
     "widen a store": _widen,
     "lose or negate a guard": _predicate,
     "shuffle elsewhere": _shuffle,

@@ -96,15 +96,24 @@ class Shadow:
         self.across = across_blocks  # global memory: other blocks are never ordered within a launch
         self.written = np.zeros(granules, np.int64)
         self.read_by = np.zeros(granules, np.int64)
+        self.read_at: Array | None = None  # (granules, warps of the block): when, since the last write
+
+    def track_warps(self) -> None:
+        """Know of every warp when it last read a granule: for barriers that not all readers share."""
+        self.read_at = np.zeros((len(self.written), self.order.warps), np.int32)
 
     def forget(self) -> None:
         self.written[:] = 0
         self.read_by[:] = 0
+        if self.read_at is not None:
+            self.read_at[:] = 0
 
     def read(self, lanes: Array, at: Array, strong: bool, report: Report, whole_warp: bool = False) -> None:
         """Lanes read granules `at`. `whole_warp`: the data goes to all lanes of the warp (ldmatrix)."""
         order = self.order
         me, since = order.id[lanes], order.since[lanes]
+        if self.read_at is not None:
+            self.read_at[at, order.lanes.thread[lanes] // 32] = order.now
         last = self.written.take(at)
         late = last > since if not self.across else last != 0
         if late.any():
@@ -170,8 +179,15 @@ class Shadow:
             late &= (last & PENDING != 0) | ~same()
             self.conflicts(lanes, at, last, late, strong, report, "overwrites what", "wrote")
         late = reader > since if not self.across else reader != 0
-        if late.any():
+        if late.any() and self.read_at is not None:
+            late &= self.unordered_readers(lanes, at)
+            for i in np.flatnonzero(late)[:1]:
+                text = "overwrites what other warps read with no barrier between"
+                report("race", text, int(lanes[i]), int(at[i]))
+        elif late.any():
             self.conflicts(lanes, at, reader, late, strong, report, "overwrites what", "read")
+        if self.read_at is not None:
+            self.read_at[at] = 0
         if pending:
             self.written[at] = (NEVER << SHIFT) | PENDING | me
             stamp = (NEVER << SHIFT) | PENDING | me
@@ -183,6 +199,16 @@ class Shadow:
         twice = self.written.take(at) != stamp
         order.now += 1
         return twice if not strong and twice.any() else None
+
+    def unordered_readers(self, lanes: Array, at: Array) -> Array:
+        """Has another warp read the granule since what this lane knows of it?"""
+        assert self.read_at is not None
+        order, times = self.order, self.read_at[at]
+        known = np.maximum(order.warp_clock[lanes], (order.since[lanes] >> SHIFT)[:, None])
+        late = times > known
+        late[np.arange(len(lanes)), order.lanes.thread[lanes] // 32] = False
+        result: Array = late.any(1)
+        return result
 
     def landed(self, lanes: Array, at: Array) -> None:
         """cp.async data has arrived for the thread that waited."""

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +88,18 @@ def forward_kernel(
     return min(serving, key=lambda kernel: (kernel.dim, -kernel.block_m))
 
 
+Choose = Callable[[torch.dtype, int, int, bool], Kernel]  # of dtype, head dim, rows, has_score
+
+
 def launches(
-    inputs: Inputs, out: Tensor, lse: Tensor, splits: int, shared_limit: int = A100
+    inputs: Inputs, out: Tensor, lse: Tensor, splits: int, choose: Choose = forward_kernel, source: Path = SOURCE
 ) -> Iterator[Launch]:
     query, key, value, spec = inputs.query, inputs.key, inputs.value, inputs.spec()
     heads, kv_heads, D, Dv = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
     batch, queries, keys = problem_sizes(inputs)
     group = heads // kv_heads
     has_score = spec.softcap > 0 or spec.dropout_p > 0
-    kernel = forward_kernel(query.dtype, max(D, Dv), queries * group, has_score, shared_limit)
+    kernel = choose(query.dtype, max(D, Dv), queries * group, has_score)
     parts = torch.empty((splits, *lse.shape, Dv), dtype=torch.float32)
     part_lses = torch.empty((splits, *lse.shape))
     into, into_lse = (out, lse) if splits == 1 else (parts, part_lses)
@@ -124,7 +127,7 @@ def launches(
     )  # fmt: skip
     blocks = -(-queries * group // kernel.block_m) * batch * kv_heads
     yield Launch(
-        SOURCE,
+        source,
         kernel.name,
         (blocks, splits),
         kernel.threads,
@@ -172,15 +175,17 @@ CASES: list[tuple[torch.dtype, int, Case]] = [  # and into how many splits
 
 @pytest.mark.parametrize(("dtype", "splits", "case"), CASES, ids=[case.name for *_, case in CASES])
 def test_forward(dtype: torch.dtype, splits: int, case: Case) -> None:
-    check_forward(dtype, splits, case, A100)
+    check_forward(dtype, splits, case)
 
 
-def check_forward(dtype: torch.dtype, splits: int, case: Case, shared_limit: int) -> None:
+def check_forward(
+    dtype: torch.dtype, splits: int, case: Case, choose: Choose = forward_kernel, source: Path = SOURCE
+) -> None:
     inputs = make_inputs(case, dtype)
     out, lse = empty_outputs(inputs.query, inputs.value)
     want, plain = reference64(inputs), math_reference(inputs)
     poison_unseen(inputs)
-    for each in launches(inputs, out, lse, splits, shared_limit):
+    for each in launches(inputs, out, lse, splits, choose, source):
         each.run()
     for name, got in (("out", out), ("lse", lse)):
         limit = budget(plain[name], want[name], dtype)
@@ -197,7 +202,7 @@ TILES += [(256, 20, has_score, RTX_4090) for has_score in (False, True)]
 @pytest.mark.parametrize(("dim", "rows", "has_score", "limit"), TILES)
 def test_every_instantiation(dim: int, rows: int, has_score: bool, limit: int, dtype: torch.dtype) -> None:
     case = Case("tile", 1, 1, 1, rows, 270, dim, dim, softcap=2.0 if has_score else None)
-    check_forward(dtype, 1, case, limit)
+    check_forward(dtype, 1, case, functools.partial(forward_kernel, shared_limit=limit))
 
 
 def test_the_instantiations_are_those() -> None:

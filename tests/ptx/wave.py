@@ -21,6 +21,7 @@ from . import (  # noqa: F401  (they fill the table)
     isa_memory,
     isa_select,
     isa_warp,
+    isa_wgmma,
     mma,
 )
 from .collector import no_collection
@@ -162,6 +163,11 @@ class Wave:
 
     # Running
 
+    def track_products(self) -> None:
+        """From the first wgmma on, note which registers are on their way."""
+        if len(self.in_flight) == 0:
+            self.in_flight = np.zeros((len(self.lanes.slots), self.lanes.n), np.bool_)
+
     def run(self, first_block: int, blocks: int) -> None:
         self.first_block = first_block
         self.lanes.forget()
@@ -177,6 +183,9 @@ class Wave:
         self.barriers: dict[tuple[int, int], isa_control.Barrier] = {}
         self.copies: list[Copy] = []
         self.group = np.zeros(n, np.int64)
+        self.products: list[isa_wgmma.Product] = []
+        self.products_group = np.zeros(n, np.int64)
+        self.in_flight = np.zeros((0, n), np.bool_)
         mask: Mask = None if self.alive.all() else self.alive.copy()
         pc = 0
         steps, executed, limit = self.code_steps, self.machine.executed, self.machine.limit

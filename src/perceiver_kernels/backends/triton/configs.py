@@ -48,9 +48,10 @@ _FORWARD: dict[str, dict[int, Config]] = {
         192: Config(64, 16, 4, 3),
         256: Config(128, 16, 8, 3),
     },
-    # 227 KiB. Groups of four warps multiply 64 rows.
+    # 227 KiB. Groups of four warps multiply 64 rows. Up to 128 the fastest on an H100.
     "sm_90": {
-        128: Config(64, 64, 4, 3),
+        64: Config(128, 64, 4, 3),
+        128: Config(128, 128, 8, 3),
         192: Config(128, 64, 8, 3),
         256: Config(128, 32, 8, 3),
     },
@@ -91,7 +92,7 @@ _BACKWARD: dict[str, dict[int, Config]] = {
     },
     "sm_90": {
         32: Config(32, 64, 4, 3),
-        64: Config(64, 64, 4, 3),
+        64: Config(32, 128, 4, 3),  # the fastest on an H100
         128: Config(32, 128, 8, 3),
         256: Config(64, 64, 8, 2),
     },

@@ -40,6 +40,11 @@ struct BackwardTile {
   static constexpr int kQueryTiles = kBlockM / kRowWarps / 16, kColumnTiles = kDim / kColumnWarps / 8;
 
   using Rows = RowTile<kDim, kBlockM>;
+  using Layout = Tile<kDim>;  // of its query and dout
+  static constexpr int kSlabThreads = kThreads;
+  // A warp's first row and channel of dq.
+  __device__ static int row_of(int warp) { return warp / kColumnWarps * kQueryTiles * 16; }
+  __device__ static int column_of(int warp) { return warp % kColumnWarps * kColumnTiles * 8; }
   static constexpr int kKeyBytes = 2 * kBlockN * kDim;
   static constexpr int kGradientBytes = 2 * kBlockN * kBlockM;
   static constexpr int kFactorBytes = kRoles == 2 ? 4 * kBlockN * kStepRows : 0;
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
       Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
       auto load_dq = [&] {
         if (start == run_start) return;
-        for_each_accumulator<Shape::kThreads>(dq, part_of_slab, [](Accumulator& sum, const float4& part) {
+        for_each_accumulator<Shape>(dq, part_of_slab, threadIdx.x, [](Accumulator& sum, const float4& part) {
           sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
         });
       };
@@ -203,7 +208,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
       add_queries<Element, kDim, kBlockM, kBlockN>(dq, gradients + lane_offset_of_columns<kBlockM>(lane),
                                                    keys + my_rows, row_warp * Shape::kQueryTiles,
                                                    column_warp * Shape::kColumnTiles);
-      for_each_accumulator<Shape::kThreads>(dq, part_of_slab, [](const Accumulator& sum, float4& part) {
+      for_each_accumulator<Shape>(dq, part_of_slab, threadIdx.x, [](const Accumulator& sum, float4& part) {
         part = {sum[0], sum[1], sum[2], sum[3]};
       });
     };

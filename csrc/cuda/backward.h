@@ -72,4 +72,9 @@ struct BackwardKernel {
 // ceil(keys / block_n), a matter of filling the device and of memory; more only leave blocks idle.
 const BackwardKernel* backward_kernel(DType dtype, int dim, bool has_score);
 
+// For Hopper, whose own instructions it needs: null beyond a head dim of 128.
+namespace hopper {
+const BackwardKernel* backward_kernel(DType dtype, int dim, bool has_score);
+}
+
 }  // namespace pk::cuda

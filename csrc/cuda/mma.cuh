@@ -120,6 +120,21 @@ __device__ __forceinline__ void pack_weights(Fragment& a, const Accumulator (&we
   a[3] = pack<Element>(high[2], high[3]);
 }
 
+// And back again.
+template <class Element, int kTiles>
+__device__ __forceinline__ void unpack_weights(Accumulator (&weights)[kTiles],
+                                               const Fragment (&a)[kTiles / 2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 pair = unpack<Element>(a[n / 2][n % 2 * 2 + h]);
+      weights[n][2 * h] = pair.x;
+      weights[n][2 * h + 1] = pair.y;
+    }
+  }
+}
+
 // sums += weights @ value.
 template <class Element, int kDim, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void add_weighted(Accumulator (&sums)[kRowTiles][kDim / 8],

@@ -68,7 +68,7 @@ __device__ __forceinline__ float multiply_chunks(const uint4& a, const uint4& b)
 
 // A block fills a tile, a warp a row at a time. Grid: row tiles of the longest example x batch x kv_heads.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) pack_rows(const BackwardArguments arguments) {
+__global__ void __launch_bounds__(Shape::kSlabThreads) pack_rows(const BackwardArguments arguments) {
   using Element = typename Shape::Element;
   using Rows = typename Shape::Rows;
   constexpr int kDim = Shape::kDim, kBlockM = Shape::kBlockM;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Shape::kThreads) pack_rows(const BackwardArgum
     const uint16_t* row = at<uint16_t>(view, example.batch, head, query);
     return column < dim ? *reinterpret_cast<const uint4*>(row + column) : uint4{0, 0, 0, 0};
   };
-  for (int i = threadIdx.x / 32; i < kBlockM; i += Shape::kThreads / 32) {
+  for (int i = threadIdx.x / 32; i < kBlockM; i += Shape::kSlabThreads / 32) {
     const int r = tile * kBlockM + i;
     const int head = example.kv_head * group + r % group;
     const int64_t query = example.first_query + r / group;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Shape::kThreads) pack_rows(const BackwardArgum
       shift = lse * kLog2E;
     }
     if (column < kDim) {
-      unsigned char* chunk = place + Tile<kDim>::offset(i, lane);
+      unsigned char* chunk = place + Shape::Layout::offset(i, lane);
       *reinterpret_cast<uint4*>(chunk) = query_chunk;
       *reinterpret_cast<uint4*>(chunk + Rows::kHalf) = dout_chunk;
     }
@@ -114,14 +114,15 @@ __global__ void __launch_bounds__(Shape::kThreads) pack_rows(const BackwardArgum
 }
 
 // A tile of a slab: for each of a thread's accumulators of dq, those of all threads.
-template <int kThreads, int kQueryTiles, int kColumnTiles, class Act>
+template <class Shape, int kQueryTiles, int kColumnTiles, class Act>
 __device__ __forceinline__ void for_each_accumulator(Accumulator (&dq)[kQueryTiles][kColumnTiles],
-                                                     float* tile, Act act) {
+                                                     float* tile, int thread, Act act) {
 #pragma unroll
   for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
-      act(dq[m][n], *reinterpret_cast<float4*>(tile + ((m * kColumnTiles + n) * kThreads + threadIdx.x) * 4));
+      const int place = (m * kColumnTiles + n) * Shape::kSlabThreads + thread;
+      act(dq[m][n], *reinterpret_cast<float4*>(tile + place * 4));
     }
   }
 }
@@ -129,7 +130,7 @@ __device__ __forceinline__ void for_each_accumulator(Accumulator (&dq)[kQueryTil
 // dq = scale times the sum of the slabs, in the order of the runs, of which the last may not have reached
 // this tile. Grid: as pack_rows'.
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads) reduce_slabs(const BackwardArguments arguments) {
+__global__ void __launch_bounds__(Shape::kSlabThreads) reduce_slabs(const BackwardArguments arguments) {
   using Element = typename Shape::Element;
   constexpr int kBlockM = Shape::kBlockM, kNumbers = Shape::Rows::kNumbers;
   const int group = arguments.group;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(Shape::kThreads) reduce_slabs(const BackwardAr
   float* slab = arguments.slabs + (find_first_tile<kBlockM>(arguments, example) + tile) * kNumbers;
   Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
   for (int start = 0; start < seen; start += run_keys) {
-    for_each_accumulator<Shape::kThreads>(dq, slab, [](Accumulator& sum, const float4& part) {
+    for_each_accumulator<Shape>(dq, slab, threadIdx.x, [](Accumulator& sum, const float4& part) {
       sum[0] += part.x;
       sum[1] += part.y;
       sum[2] += part.z;
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(Shape::kThreads) reduce_slabs(const BackwardAr
   }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row = tile * kBlockM + warp / Shape::kColumnWarps * Shape::kQueryTiles * 16 + lane / 4;
-  const int column = warp % Shape::kColumnWarps * Shape::kColumnTiles * 8 + lane % 4 * 2;
+  const int row = tile * kBlockM + Shape::row_of(warp) + lane / 4;
+  const int column = Shape::column_of(warp) + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < Shape::kQueryTiles; ++m) {
 #pragma unroll

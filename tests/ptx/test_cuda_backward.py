@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,13 +50,15 @@ class Kernel:
     threads: int
     shared_bytes: int
     has_score: bool
+    row_threads: int
+    source: Path = SOURCE
 
     @property
     def tile_bytes(self) -> int:
         return (4 * self.dim + 8) * self.block_m
 
     def companion(self, verb: str) -> str:
-        return next(name for name in entries(SOURCE) if verb in name and self.tile in name)
+        return next(name for name in entries(self.source) if verb in name and self.tile in name)
 
 
 def parse_name(name: str) -> Kernel:
@@ -67,9 +70,8 @@ def parse_name(name: str) -> Kernel:
     key_bytes = 2 * keys * dim
     late = keys * (2 * rows + (4 * step if roles == 2 else 0)) + (0 if held else key_bytes)
     shared = key_bytes + 2 * (4 * dim + 8) * rows + max(late, key_bytes)
-    return Kernel(
-        name, tile, element_type(name), dim, rows, keys, 32 * key_warps * roles, shared, bool(has_score)
-    )
+    threads = 32 * key_warps * roles
+    return Kernel(name, tile, element_type(name), dim, rows, keys, threads, shared, bool(has_score), threads)
 
 
 @functools.cache
@@ -87,14 +89,22 @@ def backward_kernel(dtype: torch.dtype, dim: int, has_score: bool) -> Kernel:
     return min(serving, key=lambda kernel: kernel.dim)
 
 
+Choose = Callable[[torch.dtype, int, bool], Kernel]  # of dtype, head dim, has_score
+
+
 def launches(
-    inputs: Inputs, out: Tensor, lse: Tensor, gradients: tuple[Tensor, Tensor, Tensor], runs: int
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    runs: int,
+    choose: Choose = backward_kernel,
 ) -> list[Launch]:
     query, key, value, spec = inputs.query, inputs.key, inputs.value, inputs.spec()
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     D, Dv = query.shape[-1], value.shape[-1]
     batch, queries, keys = problem_sizes(inputs)
-    kernel = backward_kernel(query.dtype, max(D, Dv), spec.softcap > 0 or spec.dropout_p > 0)
+    kernel = choose(query.dtype, max(D, Dv), spec.softcap > 0 or spec.dropout_p > 0)
     if spec.is_packed:
         row_tiles = group * len(query) // kernel.block_m + batch
         all_tiles = row_tiles * kv_heads
@@ -131,13 +141,13 @@ def launches(
     dq, dk, dv = gradients
     tile_blocks = -(-group * queries // kernel.block_m) * batch * kv_heads
     order = (
-        (kernel.companion("pack_rows"), tile_blocks, 0, (tiles,)),
-        (kernel.name, runs * batch * kv_heads, kernel.shared_bytes, (slabs, dk, dv)),
-        (kernel.companion("reduce_slabs"), tile_blocks, 0, (dq,)),
+        (kernel.companion("pack_rows"), tile_blocks, kernel.row_threads, 0, (tiles,)),
+        (kernel.name, runs * batch * kv_heads, kernel.threads, kernel.shared_bytes, (slabs, dk, dv)),
+        (kernel.companion("reduce_slabs"), tile_blocks, kernel.row_threads, 0, (dq,)),
     )
     return [
-        Launch(SOURCE, name, (blocks, 1), kernel.threads, shared, arguments(written), written)
-        for name, blocks, shared, written in order
+        Launch(kernel.source, name, (blocks, 1), threads, shared, arguments(written), written)
+        for name, blocks, threads, shared, written in order
     ]
 
 
@@ -172,13 +182,17 @@ CASES: list[tuple[torch.dtype, int, Case]] = [  # and into how many runs of keys
 
 @pytest.mark.parametrize(("dtype", "runs", "case"), CASES, ids=[case.name for *_, case in CASES])
 def test_backward(dtype: torch.dtype, runs: int, case: Case) -> None:
+    check_backward(dtype, runs, case)
+
+
+def check_backward(dtype: torch.dtype, runs: int, case: Case, choose: Choose = backward_kernel) -> None:
     inputs = make_inputs(case, dtype)
     want, plain = reference64(inputs), math_reference(inputs)
     out, lse = want["out"].to(dtype), want["lse"].float()
     gradients = empty_gradients(inputs.query, inputs.key, inputs.value)
     poison_unseen(inputs)
     poison_dead(inputs, lse)
-    for each in launches(inputs, out, lse, gradients, runs):
+    for each in launches(inputs, out, lse, gradients, runs, choose):
         each.run()
     for name, got in zip(("dq", "dk", "dv"), gradients, strict=True):
         limit = budget(plain[name], want[name], dtype)

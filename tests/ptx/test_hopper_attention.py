@@ -14,9 +14,10 @@ from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
 from ptx.cuda_kernels import CSRC, element_type, entries
 from ptx.mutate import Mutant, mutants, score
+from ptx import test_cuda_backward as backward
 from ptx.test_cuda_attention import Kernel, check_forward, launches
 
-SOURCE = CSRC / "cuda" / "hopper" / "forward.cu"
+SOURCE, BACKWARD = (CSRC / "cuda" / "hopper" / name for name in ("forward.cu", "backward.cu"))
 BF16, F16 = torch.bfloat16, torch.float16
 
 
@@ -81,7 +82,7 @@ def harmless(mutant: Mutant) -> bool:
 
 
 def test_every_mutant_is_caught() -> None:
-    inputs = make_inputs(Case("mutants", 1, 1, 1, 100, 600, scale=1.0), BF16)
+    inputs = make_inputs(Case("mutants", 1, 1, 1, 100, 640, scale=1.0), BF16)
     out, lse = empty_outputs(inputs.query, inputs.value)
     forward = next(launches(inputs, out, lse, 1, forward_kernel, SOURCE))
     report = forward.run()
@@ -101,3 +102,38 @@ def test_every_mutant_is_caught() -> None:
     print(result)
     assert result.total >= 40
     assert not result.survivors, str(result)
+
+
+@functools.cache
+def backward_kernels() -> list[backward.Kernel]:
+    found = []
+    for name in entries(BACKWARD):
+        if "attention_backward" not in name:
+            continue
+        dim, has_score = map(int, re.findall(r"L[ib](\d+)E", name))
+        tile = re.findall(r"BackwardTileI\w+?EE", name)[0]
+        keys, rows, gradients, numbers = 2 * 128 * dim, 4 * 64 * dim, 2 * 128 * 64, 8 * 64
+        shared = 2 * (2 * keys + rows + gradients + numbers)
+        fields = (element_type(name), dim, 64, 128, 384, shared, bool(has_score), 256, BACKWARD)
+        found.append(backward.Kernel(name, tile, *fields))
+    return found
+
+
+def backward_kernel(dtype: torch.dtype, dim: int, has_score: bool) -> backward.Kernel:
+    key = (dtype, 64 if dim <= 64 else 128, has_score)
+    return next(each for each in backward_kernels() if (each.dtype, each.dim, each.has_score) == key)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "runs", "case"), backward.CASES, ids=[case.name for *_, case in backward.CASES]
+)
+def test_backward(dtype: torch.dtype, runs: int, case: Case) -> None:
+    backward.check_backward(dtype, runs, case, backward_kernel)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("has_score", [False, True])
+def test_every_backward_instantiation(dim: int, has_score: bool, dtype: torch.dtype) -> None:
+    case = Case("tile", 1, 1, 1, 70, 300, dim, dim, softcap=2.0 if has_score else None)
+    backward.check_backward(dtype, 1, case, backward_kernel)

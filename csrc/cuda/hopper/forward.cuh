@@ -10,6 +10,7 @@
 #include "cuda/copy.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/forward.h"
+#include "cuda/hopper/blocks.cuh"
 #include "cuda/hopper/wgmma.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/work.cuh"
@@ -38,42 +39,6 @@ struct ForwardBarriers {
   __device__ static int empty(int kind, int slot) { return full(2, 0, 0) + kind * Shape::kSlots + slot; }
   __device__ static int turn(int consumer) { return empty(2, 0) + consumer; }
   static_assert(1 + 2 * Shape::kSlots * (Shape::kConsumers + 1) + Shape::kConsumers <= 16, "the hardware's");
-};
-
-// Rows of keys or values on their way into slots, for 64 threads; those that nobody sees are zeros.
-template <class Shape>
-struct BlockCopier {
-  using Keys = typename Shape::Keys;
-  const ForwardArguments& arguments;
-  const Example& work;
-  const Copier<64, Shape::kBlockN, kGroup / 2> copier;
-  const uint16_t* next;
-  int64_t row_stride;
-  int dim;
-
-  __device__ BlockCopier(const ForwardArguments& given, const Example& example, const View& view, int dim,
-                         int thread, int first_block)
-      : arguments(given),
-        work(example),
-        copier(thread),
-        next(at<uint16_t>(view, example.batch, example.kv_head,
-                          example.first_key + int64_t{first_block} * Shape::kBlockN + copier.row) +
-             copier.column),
-        row_stride(view.row_stride),
-        dim(dim) {}
-
-  __device__ __forceinline__ void copy(uint32_t slot, int block) {
-#pragma unroll 4
-    for (int step = 0; step < copier.kSteps; ++step) {
-      const bool there =
-          is_there(arguments, work, block * Shape::kBlockN + copier.row + step * copier.kRowStep);
-#pragma unroll
-      for (int panel = 0; panel < Keys::kCount; ++panel) {
-        copier.copy_row(slot + panel * Keys::kPanelBytes, step, next + panel * 64, dim - panel * 64, there);
-      }
-      next += copier.kRowStep * row_stride;
-    }
-  }
 };
 
 // kHasScore: softcap or dropout. Dynamic shared memory: Shape::kSharedBytes; grid: row blocks x batch x
@@ -108,8 +73,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(const Fo
     give_registers<40>();
     const int kind = threadIdx.x / Barriers::kCopiers, thread = threadIdx.x % Barriers::kCopiers;
     const uint32_t slots = kind == 0 ? key_tiles : value_tiles;
-    BlockCopier<Shape> copier(arguments, work, kind == 0 ? arguments.key : arguments.value,
-                              kind == 0 ? arguments.dim : arguments.value_dim, thread, start);
+    BlockCopier<KeyPanels> copier(work, kind == 0 ? arguments.key : arguments.value,
+                                  kind == 0 ? arguments.dim : arguments.value_dim, thread, start * kBlockN);
     if (kind == 0 && start < stop) {
       const Copier<64, Shape::kBlockM, Barriers::kCopiers> rows_copier(thread);
       for (int step = 0; step < rows_copier.kSteps; ++step) {
@@ -133,7 +98,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(const Fo
     for (int block = start; block < stop; ++block) {
       const int slot = (block - start) % kSlots;
       if (block >= start + kSlots) await<Barriers::kEmptyThreads>(Barriers::empty(kind, slot));
-      copier.copy(slots + slot * KeyPanels::kBytes, block);
+      copier.copy(slots + slot * KeyPanels::kBytes, arguments, work, block * kBlockN);
       wait_for_own_copies();
       publish();
 #pragma unroll
@@ -163,18 +128,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(const Fo
 
   auto multiply_scores = [&](int block) {
     const uint32_t keys = key_tiles + (block - start) % kSlots * KeyPanels::kBytes;
-#pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
-      multiply<Element, false, false>(scores[0], along_rows<kDim, Shape::kBlockM>(my_query, k),
-                                      along_rows<kDim, kBlockN>(keys, k), k > 0);
-    }
+    multiply_rows<Element, kDim, Shape::kBlockM, kBlockN>(scores[0], my_query, keys);
   };
   auto add_weighted = [&](int block) {
-    const uint32_t values = value_tiles + (block - start) % kSlots * KeyPanels::kBytes;
-#pragma unroll
-    for (int k = 0; k < kBlockN / 16; ++k) {
-      multiply<Element, true>(sums[0], weights[k], across_rows<kDim, kBlockN>(values, k), true);
-    }
+    add_rows<Element, kDim>(sums[0], weights, value_tiles + (block - start) % kSlots * KeyPanels::kBytes);
   };
   auto await_full = [&](int kind, int block) {
     await<Barriers::kFullThreads>(Barriers::full(kind, (block - start) % kSlots, consumer));
@@ -209,7 +166,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(const Fo
     await<2 * kGroup>(Barriers::turn(consumer));
     await_full(0, block);
     await_full(1, block - 1);
-    pin(scores[0]);
     pin(sums[0]);
     begin_products();
     multiply_scores(block);

@@ -18,7 +18,7 @@ constexpr int kGroup = 128;  // threads of a warp group
 // lie in different banks (the hardware's 128-byte swizzle). Tiles begin at multiples of 1024 bytes.
 template <int kDim, int kRows>
 struct Panels {
-  static constexpr int kCount = kDim / 64, kPanelBytes = 128 * kRows, kBytes = kCount * kPanelBytes;
+  static constexpr int kRowCount = kRows, kCount = kDim / 64, kPanelBytes = 128 * kRows, kBytes = kCount * kPanelBytes;
   static_assert(kDim % 64 == 0 && kRows % 8 == 0, "whole panels of whole groups of rows");
 
   __device__ static uint32_t offset(int row, int chunk) {
@@ -81,10 +81,10 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
 
-#define PK_SUMS_4(s, n) "+f"(s[n][0]), "+f"(s[n][1]), "+f"(s[n][2]), "+f"(s[n][3])
-#define PK_SUMS_16(s, n) PK_SUMS_4(s, n), PK_SUMS_4(s, n + 1), PK_SUMS_4(s, n + 2), PK_SUMS_4(s, n + 3)
-#define PK_SUMS_32(s, n) PK_SUMS_16(s, n), PK_SUMS_16(s, n + 4)
-#define PK_SUMS_64(s, n) PK_SUMS_32(s, n), PK_SUMS_32(s, n + 8)
+#define PK_SUMS_4(c, n) c(sums[n][0]), c(sums[n][1]), c(sums[n][2]), c(sums[n][3])
+#define PK_SUMS_16(c, n) PK_SUMS_4(c, n), PK_SUMS_4(c, n + 1), PK_SUMS_4(c, n + 2), PK_SUMS_4(c, n + 3)
+#define PK_SUMS_32(c, n) PK_SUMS_16(c, n), PK_SUMS_16(c, n + 4)
+#define PK_SUMS_64(c, n) PK_SUMS_32(c, n), PK_SUMS_32(c, n + 8)
 #define PK_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define PK_LIST_32 PK_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PK_LIST_64                                                                                   \
@@ -92,62 +92,91 @@ __device__ __forceinline__ void give_registers() {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// Both operands in shared memory: a, b: their descriptions; c: whether to add to the sums.
-#define PK_PRODUCT(columns, type, count, list, a, b, c, ta, tb)                                          \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" c ", 0;\n"                                       \
-               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, %" a  \
-               ", %" b ", add, 1, 1, %" ta ", %" tb ";\n}\n"                                              \
-               : PK_SUMS_##count(sums, 0)                                                                \
-               : "l"(left), "l"(right), "r"(static_cast<int>(adds)), "n"(static_cast<int>(kLeftAcross)), \
+// `c`: "+f" to add to the sums, "=f" to begin them. The places of the operands that follow the sums: a, b, ...
+#define PK_PRODUCT(c, columns, type, count, list, a, b, d, ta, tb)                                          \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" d ", 0;\n"                                          \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, %" a     \
+               ", %" b ", add, 1, 1, %" ta ", %" tb ";\n}\n"                                                \
+               : PK_SUMS_##count(c, 0)                                                                      \
+               : "l"(left), "l"(right), "n"(static_cast<int>(kAdds)), "n"(static_cast<int>(kLeftAcross)),   \
                  "n"(static_cast<int>(kRightAcross)))
 
 // The left operand in registers.
-#define PK_PRODUCT_OF_REGISTERS(columns, type, count, list, a0, a1, a2, a3, b, c, tb)                     \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" c ", 0;\n"                                        \
-               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, {%" a0  \
+#define PK_PRODUCT_OF_REGISTERS(columns, type, count, list, a0, a1, a2, a3, b, tb)                         \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                              \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, {%" a0   \
                ", %" a1 ", %" a2 ", %" a3 "}, %" b ", add, 1, 1, %" tb ";\n}\n"                            \
-               : PK_SUMS_##count(sums, 0)                                                                 \
-               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),                      \
-                 "r"(static_cast<int>(adds)), "n"(static_cast<int>(kRightAcross)))
+               : PK_SUMS_##count("+f", 0)                                                                  \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),                       \
+                 "n"(static_cast<int>(kRightAcross)))
 
-// sums (64, 8 kTiles) = or += left (64, 16) @ right (16, 8 kTiles); k...Across: an operand is transposed.
-template <class Element, bool kLeftAcross, bool kRightAcross, int kTiles>
-__device__ __forceinline__ void multiply(Accumulator (&sums)[kTiles], uint64_t left, uint64_t right,
-                                         bool adds) {
+#define PK_PRODUCTS(c)                                                                                  \
+  constexpr bool kHalf = std::is_same_v<Element, __half>;                                               \
+  if constexpr (kTiles == 4 && kHalf) {                                                                 \
+    PK_PRODUCT(c, "32", "f16", 16, PK_LIST_16, "16", "17", "18", "19", "20");                           \
+  } else if constexpr (kTiles == 4) {                                                                   \
+    PK_PRODUCT(c, "32", "bf16", 16, PK_LIST_16, "16", "17", "18", "19", "20");                          \
+  } else if constexpr (kTiles == 8 && kHalf) {                                                          \
+    PK_PRODUCT(c, "64", "f16", 32, PK_LIST_32, "32", "33", "34", "35", "36");                           \
+  } else if constexpr (kTiles == 8) {                                                                   \
+    PK_PRODUCT(c, "64", "bf16", 32, PK_LIST_32, "32", "33", "34", "35", "36");                          \
+  } else if constexpr (kHalf) {                                                                         \
+    PK_PRODUCT(c, "128", "f16", 64, PK_LIST_64, "64", "65", "66", "67", "68");                          \
+  } else {                                                                                              \
+    PK_PRODUCT(c, "128", "bf16", 64, PK_LIST_64, "64", "65", "66", "67", "68");                         \
+  }
+
+// sums (64, 8 kTiles) = or, where kAdds, += left (64, 16) @ right (16, 8 kTiles); k...Across: an operand is
+// transposed. What is begun needs no registers before.
+template <class Element, bool kAdds, bool kLeftAcross, bool kRightAcross, int kTiles>
+__device__ __forceinline__ void multiply(Accumulator (&sums)[kTiles], uint64_t left, uint64_t right) {
   static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16, "32, 64 or 128 columns");
-  constexpr bool kHalf = std::is_same_v<Element, __half>;
-  if constexpr (kTiles == 4 && kHalf) {
-    PK_PRODUCT("32", "f16", 16, PK_LIST_16, "16", "17", "18", "19", "20");
-  } else if constexpr (kTiles == 4) {
-    PK_PRODUCT("32", "bf16", 16, PK_LIST_16, "16", "17", "18", "19", "20");
-  } else if constexpr (kTiles == 8 && kHalf) {
-    PK_PRODUCT("64", "f16", 32, PK_LIST_32, "32", "33", "34", "35", "36");
-  } else if constexpr (kTiles == 8) {
-    PK_PRODUCT("64", "bf16", 32, PK_LIST_32, "32", "33", "34", "35", "36");
-  } else if constexpr (kHalf) {
-    PK_PRODUCT("128", "f16", 64, PK_LIST_64, "64", "65", "66", "67", "68");
+  if constexpr (kAdds) {
+    PK_PRODUCTS("+f")
   } else {
-    PK_PRODUCT("128", "bf16", 64, PK_LIST_64, "64", "65", "66", "67", "68");
+    PK_PRODUCTS("=f")
   }
 }
 
 template <class Element, bool kRightAcross, int kTiles>
-__device__ __forceinline__ void multiply(Accumulator (&sums)[kTiles], const Fragment& left, uint64_t right,
-                                         bool adds) {
+__device__ __forceinline__ void multiply(Accumulator (&sums)[kTiles], const Fragment& left, uint64_t right) {
   static_assert(kTiles == 8 || kTiles == 16, "64 or 128 columns");
   constexpr bool kHalf = std::is_same_v<Element, __half>;
   if constexpr (kTiles == 8 && kHalf) {
-    PK_PRODUCT_OF_REGISTERS("64", "f16", 32, PK_LIST_32, "32", "33", "34", "35", "36", "37", "38");
+    PK_PRODUCT_OF_REGISTERS("64", "f16", 32, PK_LIST_32, "32", "33", "34", "35", "36", "37");
   } else if constexpr (kTiles == 8) {
-    PK_PRODUCT_OF_REGISTERS("64", "bf16", 32, PK_LIST_32, "32", "33", "34", "35", "36", "37", "38");
+    PK_PRODUCT_OF_REGISTERS("64", "bf16", 32, PK_LIST_32, "32", "33", "34", "35", "36", "37");
   } else if constexpr (kHalf) {
-    PK_PRODUCT_OF_REGISTERS("128", "f16", 64, PK_LIST_64, "64", "65", "66", "67", "68", "69", "70");
+    PK_PRODUCT_OF_REGISTERS("128", "f16", 64, PK_LIST_64, "64", "65", "66", "67", "68", "69");
   } else {
-    PK_PRODUCT_OF_REGISTERS("128", "bf16", 64, PK_LIST_64, "64", "65", "66", "67", "68", "69", "70");
+    PK_PRODUCT_OF_REGISTERS("128", "bf16", 64, PK_LIST_64, "64", "65", "66", "67", "68", "69");
   }
 }
 
 #undef PK_PRODUCT
 #undef PK_PRODUCT_OF_REGISTERS
+#undef PK_PRODUCTS
+
+// sums (64, 8 kTiles) = left (64, kDim) @ right (8 kTiles, kDim)^T, from tiles of kLeftRows and kRightRows.
+template <class Element, int kDim, int kLeftRows, int kRightRows, int kTiles>
+__device__ __forceinline__ void multiply_rows(Accumulator (&sums)[kTiles], uint32_t left, uint32_t right) {
+  multiply<Element, false, false, false>(sums, along_rows<kDim, kLeftRows>(left, 0),
+                                         along_rows<kDim, kRightRows>(right, 0));
+#pragma unroll
+  for (int k = 1; k < kDim / 16; ++k) {
+    multiply<Element, true, false, false>(sums, along_rows<kDim, kLeftRows>(left, k),
+                                          along_rows<kDim, kRightRows>(right, k));
+  }
+}
+
+// sums (64, kDim) += weights (64, 16 kSteps) @ rows (16 kSteps, kDim).
+template <class Element, int kDim, int kSteps, int kTiles>
+__device__ __forceinline__ void add_rows(Accumulator (&sums)[kTiles], const Fragment (&weights)[kSteps],
+                                         uint32_t rows) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    multiply<Element, true>(sums, weights[k], across_rows<kDim, 16 * kSteps>(rows, k));
+  }
+}
 
 }  // namespace pk::cuda::hopper

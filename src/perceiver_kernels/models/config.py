@@ -1,0 +1,100 @@
+"""What a :class:`perceiver_kernels.PerceiverAR` is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from perceiver_kernels.rotary import LAYOUTS, RotaryLayout
+from perceiver_kernels.streaming import CHUNK_SIZE
+
+PositionKind = Literal["sinusoidal", "learned", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverARConfig:
+    """What a :class:`PerceiverAR` is made of.
+
+    Args:
+        vocab_size: number of tokens.
+        dim: channels of the residual stream.
+        depth: self-attention layers over the latents, after the one cross-attention.
+        num_heads: query heads of every attention.
+        max_seq_len: longest input N.
+        num_latents: latents M unless a call says otherwise; at most ``max_seq_len``.
+        num_kv_heads: key and value heads, a divisor of ``num_heads``. None: ``num_heads``.
+        head_dim: channels of a head. None: ``dim // num_heads``.
+        ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
+        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that
+            starts at the sinusoids) or ``"none"``.
+        position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: ``max_seq_len``.
+        rotary_fraction, rotary_layout, rotary_base: rotary embedding, see
+            :class:`perceiver_kernels.CrossAttention`.
+        prefix_dropout: share of the prefix that the cross-attention leaves out in training.
+        dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
+        attention_dropout: dropout of the attention weights.
+        tie_embeddings: whether the output projection is the token embedding.
+        streamed: whether the cross-attention walks the prefix in chunks, embedding its tokens as it goes: no
+            tensor of N x dim exists, forward or backward. Same parameters, same results up to rounding.
+        chunk_size: positions of each example at a time, where streamed.
+
+    Raises:
+        ValueError: for a value outside its range; TypeError: for a size that is not an int.
+    """
+
+    vocab_size: int
+    dim: int
+    depth: int
+    num_heads: int
+    max_seq_len: int
+    num_latents: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ff_mult: float = 4.0
+    positions: PositionKind = "sinusoidal"
+    position_base: float | None = None
+    rotary_fraction: float = 0.5
+    rotary_layout: RotaryLayout = "half"
+    rotary_base: float = 10_000.0
+    prefix_dropout: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    tie_embeddings: bool = False
+    streamed: bool = False
+    chunk_size: int = CHUNK_SIZE
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents", "chunk_size")
+        optional = [name for name in ("num_kv_heads", "head_dim") if getattr(self, name) is not None]
+        for name in (*sizes, *optional):
+            value, least = getattr(self, name), 0 if name == "depth" else 1
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.num_latents > self.max_seq_len:
+            raise ValueError(f"num_latents is {self.num_latents}, more than max_seq_len {self.max_seq_len}")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads {self.num_heads}"
+            )
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
+        if self.positions not in get_args(PositionKind):
+            raise ValueError(
+                f"positions must be one of {', '.join(get_args(PositionKind))}, got {self.positions!r}"
+            )
+        if self.positions != "none" and self.dim % 2:
+            raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
+        if self.rotary_layout not in LAYOUTS:
+            raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {self.rotary_layout!r}")
+        if not 0.0 <= self.rotary_fraction <= 1.0:
+            raise ValueError(f"rotary_fraction must be in [0, 1], got {self.rotary_fraction}")
+        for name in ("prefix_dropout", "dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("ff_mult", "rotary_base", "position_base"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -17,6 +17,7 @@ VARIANTS = [
     {"num_kv_heads": 2, "positions": "learned", "tie_embeddings": True},
     {"positions": "none", "rotary_layout": "interleaved", "rotary_fraction": 1.0, "head_dim": 6},
     {"depth": 0, "rotary_fraction": 0.0, "position_base": 100.0},
+    {"rotary_heads": 0.5, "rotary_endpoint": True, "rotary_base": 64.0},
 ]
 
 
@@ -245,6 +246,7 @@ def test_the_package_offers_it():
         ),
         ({"rotary_layout": "neox"}, ValueError, "rotary_layout must be one of half, interleaved, got 'neox'"),
         ({"rotary_fraction": -0.5}, ValueError, r"rotary_fraction must be in \[0, 1\], got -0.5"),
+        ({"rotary_heads": 2}, ValueError, r"rotary_heads must be in \[0, 1\], got 2"),
         ({"prefix_dropout": 1.0}, ValueError, r"prefix_dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
         ({"attention_dropout": -1}, ValueError, r"attention_dropout must be in \[0, 1\), got -1"),

@@ -106,8 +106,10 @@ class CrossAttention(nn.Module):
         value_dim: channels of a value head. None: ``head_dim``.
         bias: whether the four projections have one.
         rotary_fraction: share of ``head_dim`` that is rotated (rounded down to even); 0 turns RoPE off.
+        rotary_heads: share of the heads that are rotated, rounded down to whole key heads; the first ones.
         rotary_layout: ``"half"`` or ``"interleaved"``, see :mod:`perceiver_kernels.rotary`.
-        rotary_base: base of the rotary wavelengths.
+        rotary_base, rotary_endpoint: base of the rotary wavelengths, and whether the longest reaches it, see
+            :func:`perceiver_kernels.rotary.rotary_cos_sin`.
         scale, softcap, backend: as in :func:`perceiver_kernels.perceiver_attention`.
         dropout: dropout probability of the attention weights, in training.
         prefix_dropout: share of the prefix left out in training. Each example keeps exactly
@@ -133,8 +135,10 @@ class CrossAttention(nn.Module):
         value_dim: int | None = None,
         bias: bool = False,
         rotary_fraction: float = 0.5,
+        rotary_heads: float = 1.0,
         rotary_layout: RotaryLayout = "half",
         rotary_base: float = 10_000.0,
+        rotary_endpoint: bool = False,
         scale: float | None = None,
         softcap: float | None = None,
         dropout: float = 0.0,
@@ -162,8 +166,9 @@ class CrossAttention(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}")
-        if not 0.0 <= rotary_fraction <= 1.0:
-            raise ValueError(f"rotary_fraction must be in [0, 1], got {rotary_fraction}")
+        for name, share in (("rotary_fraction", rotary_fraction), ("rotary_heads", rotary_heads)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         if rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {rotary_layout!r}")
         for name, p in (("dropout", dropout), ("prefix_dropout", prefix_dropout)):
@@ -172,7 +177,9 @@ class CrossAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self.rotary_dim = 2 * int(head_dim * rotary_fraction / 2)
+        self.rotary_kv_heads = int(num_kv_heads * rotary_heads)
         self.rotary_layout, self.rotary_base = rotary_layout, rotary_base
+        self.rotary_endpoint = rotary_endpoint
         self.scale, self.softcap, self.backend = scale, softcap, backend
         self.dropout, self.prefix_dropout = dropout, prefix_dropout
         self.streamed, self.chunk_size = streamed, chunk_size
@@ -191,7 +198,13 @@ class CrossAttention(nn.Module):
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """cos and sin (..., rotary_dim / 2) of this layer's rotary embedding, for data of ``dtype``."""
         angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return rotary_cos_sin(positions, self.rotary_dim, base=self.rotary_base, dtype=angle_dtype)
+        return rotary_cos_sin(
+            positions,
+            self.rotary_dim,
+            base=self.rotary_base,
+            endpoint=self.rotary_endpoint,
+            dtype=angle_dtype,
+        )
 
     def attend(
         self,
@@ -327,7 +340,13 @@ class CrossAttention(nn.Module):
         x = torch.unflatten(x, -1, (heads, -1))
         if rotary is not None:
             begin = rotary[0].shape[-2] - x.shape[1]
-            x = apply_rotary(x, *(t[..., begin:, :] for t in rotary), layout=self.rotary_layout)
+            cos, sin = (t[..., begin:, :] for t in rotary)
+            turned = self.rotary_kv_heads * heads // self.num_kv_heads  # queries turn with their key head
+            if turned == heads:
+                x = apply_rotary(x, cos, sin, layout=self.rotary_layout)
+            else:
+                first, others = torch.split(x, [turned, heads - turned], dim=2)
+                x = torch.cat((apply_rotary(first, cos, sin, layout=self.rotary_layout), others), dim=2)
         return x.transpose(1, 2)
 
     def _kept(self, batch: int, prefix: int, num_latents: int, device: torch.device) -> Tensor:

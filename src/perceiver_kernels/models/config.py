@@ -29,7 +29,7 @@ class PerceiverARConfig:
         positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that
             starts at the sinusoids) or ``"none"``.
         position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: ``max_seq_len``.
-        rotary_fraction, rotary_layout, rotary_base: rotary embedding, see
+        rotary_fraction, rotary_heads, rotary_layout, rotary_base, rotary_endpoint: rotary embedding, see
             :class:`perceiver_kernels.CrossAttention`.
         prefix_dropout: share of the prefix that the cross-attention leaves out in training.
         dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
@@ -55,8 +55,10 @@ class PerceiverARConfig:
     positions: PositionKind = "sinusoidal"
     position_base: float | None = None
     rotary_fraction: float = 0.5
+    rotary_heads: float = 1.0
     rotary_layout: RotaryLayout = "half"
     rotary_base: float = 10_000.0
+    rotary_endpoint: bool = False
     prefix_dropout: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -89,8 +91,9 @@ class PerceiverARConfig:
             raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
         if self.rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {self.rotary_layout!r}")
-        if not 0.0 <= self.rotary_fraction <= 1.0:
-            raise ValueError(f"rotary_fraction must be in [0, 1], got {self.rotary_fraction}")
+        for name in ("rotary_fraction", "rotary_heads"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("prefix_dropout", "dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

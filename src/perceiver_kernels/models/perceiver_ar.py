@@ -51,8 +51,10 @@ class PerceiverAR(nn.Module):
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "rotary_fraction": config.rotary_fraction,
+            "rotary_heads": config.rotary_heads,
             "rotary_layout": config.rotary_layout,
             "rotary_base": config.rotary_base,
+            "rotary_endpoint": config.rotary_endpoint,
             "dropout": config.attention_dropout,
         }
 

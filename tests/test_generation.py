@@ -19,23 +19,32 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["sinusoidal", "learned"])
-def model(request):
+MODELS = [
+    {},
+    {"positions": "learned", "position_shape": (4, 5, 3)},
+]
+
+
+def build(**changes):
     torch.manual_seed(0)
-    config = PerceiverARConfig(
-        vocab_size=VOCAB,
-        dim=32,
-        depth=2,
-        num_heads=4,
-        num_kv_heads=2,
-        max_seq_len=60,
-        num_latents=8,
-        ff_mult=2,
-        positions=request.param,
-        prefix_dropout=0.5,
-        dropout=0.1,
-    )
-    return PerceiverAR(config).double().eval()
+    options = {
+        "vocab_size": VOCAB,
+        "dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_seq_len": 60,
+        "num_latents": 8,
+        "ff_mult": 2,
+        "prefix_dropout": 0.5,
+        "dropout": 0.1,
+    }
+    return PerceiverAR(PerceiverARConfig(**options | changes)).double().eval()
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def model(request):
+    return build(**request.param)
 
 
 def draw(*shape):
@@ -189,6 +198,13 @@ def test_int32_prompt_and_progress(model, capsys):
     assert got.dtype == torch.int32
     assert torch.equal(got.long(), model.generate(prompt.long(), 4, temperature=0.0))
     assert "Generating" in capsys.readouterr().out
+
+
+def test_positions_that_move_with_every_token_can_not_be_cached():
+    model = build(position_origin="last")
+    with pytest.raises(ValueError, match="no key can be cached: generate with use_cache=False"):
+        model.generate(draw(1, 5), 3)
+    assert model.generate(draw(1, 5), 3, use_cache=False).shape == (1, 8)
 
 
 # Sampling

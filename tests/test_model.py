@@ -18,6 +18,8 @@ VARIANTS = [
     {"positions": "none", "rotary_layout": "interleaved", "rotary_fraction": 1.0, "head_dim": 6},
     {"depth": 0, "rotary_fraction": 0.0, "position_base": 100.0},
     {"rotary_heads": 0.5, "rotary_endpoint": True, "rotary_base": 64.0},
+    {"positions": "fourier", "rotary_fraction": 0.0},
+    {"positions": "learned", "position_shape": (4, 8, 2), "position_origin": "last"},
 ]
 
 
@@ -152,6 +154,40 @@ def test_absolute_positions_are_the_sinusoids(base, kind):
     assert (half.double() - model.token_embedding(tokens).double() - want).abs().max() < 0.03
 
 
+def test_every_place_of_an_array_has_its_own_vector_and_shares_with_its_neighbours():
+    """On an axis at a time: places that differ on one axis differ in that axis' channels alone."""
+    for kind in ("sinusoidal", "fourier", "learned"):
+        model = build(positions=kind, position_shape=(4, 8, 2), dim=36, num_heads=4)
+        vectors = model.embed(torch.zeros(1, 64, dtype=torch.int64), torch.arange(64))[0]
+        assert torch.pdist(vectors).min() > 1e-2
+        of_place = vectors.view(4, 8, 2, 36)
+        row = of_place[1, 2, 0] != of_place[3, 2, 0]
+        column = of_place[1, 2, 0] != of_place[1, 5, 0]
+        assert row.any()
+        assert not (row & column).any()
+
+
+def test_learned_positions_begin_as_the_sinusoids_on_every_axis():
+    tokens, places = draw(1, 64), torch.arange(64)
+    options = {"position_shape": (4, 8, 2), "position_base": 30.0}
+    learned, fixed = (build(positions=kind, **options) for kind in ("learned", "sinusoidal"))
+    assert learned.position_embedding.weight.shape == (14, 32)
+    got, want = (model.embed(tokens, places) - model.token_embedding(tokens) for model in (learned, fixed))
+    assert (got - want).abs().max() < 1e-6
+
+
+def test_positions_that_count_back_from_the_last_token():
+    """Reading more before it leaves an input as it is, and the first of all is the furthest."""
+    model, tokens = build(positions="learned", position_origin="last", rotary_fraction=0.0), draw(1, 20)
+    seen = []
+    model.position_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    model(tokens, pad_mask=torch.tensor([[True] * 3 + [False] * 15 + [True] * 2]))
+    assert seen == [[[14, 14, 14, *range(14, -1, -1), 0, 0]]]
+    with torch.no_grad():  # a window that slides along a text sees the same positions everywhere
+        model.position_embedding.weight[20:] = torch.nan
+    assert model(tokens).isfinite().all()
+
+
 def test_prefix_dropout_in_training():
     model, tokens = build(prefix_dropout=0.5).train(), draw(2, 40)
     rows = []
@@ -242,7 +278,29 @@ def test_the_package_offers_it():
         (
             {"positions": "alibi"},
             ValueError,
-            "positions must be one of sinusoidal, learned, none, got 'alibi'",
+            "positions must be one of sinusoidal, fourier, learned, none, got 'alibi'",
+        ),
+        ({"position_origin": "end"}, ValueError, "position_origin must be one of first, last, got 'end'"),
+        (
+            {"position_shape": (8, 7)},
+            ValueError,
+            r"position_shape \(8, 7\) has 56 places, less than max_seq_len 64",
+        ),
+        ({"position_shape": (64, 0)}, ValueError, r"position_shape must be positive ints, got \(64, 0\)"),
+        (
+            {"position_shape": (8, 8), "positions": "none"},
+            ValueError,
+            "position_shape needs absolute positions, got positions='none'",
+        ),
+        (
+            {"position_origin": "last", "positions": "none"},
+            ValueError,
+            "position_origin needs absolute positions, got positions='none'",
+        ),
+        (
+            {"position_shape": (2,) * 11, "positions": "fourier"},
+            ValueError,
+            "dim must be at least 3 for each of the 11 axes of fourier positions, got 32",
         ),
         ({"rotary_layout": "neox"}, ValueError, "rotary_layout must be one of half, interleaved, got 'neox'"),
         ({"rotary_fraction": -0.5}, ValueError, r"rotary_fraction must be in \[0, 1\], got -0.5"),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_kernels.models import Perceiver, PerceiverIO, PerceiverIOConfig
-from perceiver_kernels.models.perceiver_io import Block, Encoder, fourier_features
+from perceiver_kernels.models.perceiver_io import Block, Encoder
+from perceiver_kernels.models.positions import fourier_features
 
 CONFIG = PerceiverIOConfig(
     input_dim=5, output_dim=3, dim=16, num_latents=4, depth=2, num_heads=4, num_cross_heads=2, query_dim=6

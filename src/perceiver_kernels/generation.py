@@ -40,6 +40,11 @@ class CachedDecoder:
     """Next-token logits of a growing batch of tokens; each call may add any number of columns."""
 
     def __init__(self, model: PerceiverAR, capacity: int, num_latents: int, stride: int) -> None:
+        if model.config.position_origin == "last":
+            raise ValueError(
+                "positions that count back from the last token move with every token, so no key can be "
+                "cached: generate with use_cache=False"
+            )
         self.model, self.num_latents, self.stride = model, num_latents, stride
         self.start = self.end = 0  # columns of the latents that the layers' caches hold
         self.cross_cache = KVCache(capacity)

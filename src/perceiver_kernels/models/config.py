@@ -9,7 +9,8 @@ from typing import Literal, get_args
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout
 from perceiver_kernels.streaming import CHUNK_SIZE
 
-PositionKind = Literal["sinusoidal", "learned", "none"]
+PositionKind = Literal["sinusoidal", "fourier", "learned", "none"]
+PositionOrigin = Literal["first", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,16 @@ class PerceiverARConfig:
         num_kv_heads: key and value heads, a divisor of ``num_heads``. None: ``num_heads``.
         head_dim: channels of a head. None: ``dim // num_heads``.
         ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
-        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that
-            starts at the sinusoids) or ``"none"``.
-        position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: ``max_seq_len``.
+        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"fourier"`` (linearly
+            spaced frequencies, as in the Perceiver), ``"learned"`` (a table that starts at the sinusoids) or
+            ``"none"``; see :mod:`perceiver_kernels.models.positions`.
+        position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: the axis' extent.
+        position_shape: extents of the axes that the tokens fill in row-major order, such as (height, width,
+            channels); an absolute position is then an index on each. None: one axis of ``max_seq_len``. A
+            token that starts the sequence moves all others by one: let the first axis be one longer.
+        position_origin: whether absolute positions count from the ``"first"`` token or back from the
+            ``"last"`` one, which is then 0, as in Google's Perceiver AR. Counting back, every new token moves
+            all positions, so that generation can cache nothing. (Rotary positions know distances only.)
         rotary_fraction, rotary_heads, rotary_layout, rotary_base, rotary_endpoint: rotary embedding, see
             :class:`perceiver_kernels.CrossAttention`.
         prefix_dropout: share of the prefix that the cross-attention leaves out in training.
@@ -54,6 +62,8 @@ class PerceiverARConfig:
     ff_mult: float = 4.0
     positions: PositionKind = "sinusoidal"
     position_base: float | None = None
+    position_shape: tuple[int, ...] | None = None
+    position_origin: PositionOrigin = "first"
     rotary_fraction: float = 0.5
     rotary_heads: float = 1.0
     rotary_layout: RotaryLayout = "half"
@@ -83,12 +93,7 @@ class PerceiverARConfig:
             )
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
-        if self.positions not in get_args(PositionKind):
-            raise ValueError(
-                f"positions must be one of {', '.join(get_args(PositionKind))}, got {self.positions!r}"
-            )
-        if self.positions != "none" and self.dim % 2:
-            raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
+        self._check_positions()
         if self.rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {self.rotary_layout!r}")
         for name in ("rotary_fraction", "rotary_heads"):
@@ -101,3 +106,37 @@ class PerceiverARConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+
+    @property
+    def index_shape(self) -> tuple[int, ...]:
+        """Extents of the axes of absolute positions."""
+        return (self.max_seq_len,) if self.position_shape is None else self.position_shape
+
+    def _check_positions(self) -> None:
+        choices = {"positions": get_args(PositionKind), "position_origin": get_args(PositionOrigin)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.position_shape is not None:
+            shape = tuple(self.position_shape)  # JSON knows lists only
+            object.__setattr__(self, "position_shape", shape)
+            if not all(isinstance(size, int) and size >= 1 for size in shape):
+                raise ValueError(f"position_shape must be positive ints, got {shape}")
+            if math.prod(shape) < self.max_seq_len:
+                raise ValueError(
+                    f"position_shape {shape} has {math.prod(shape)} places, "
+                    f"less than max_seq_len {self.max_seq_len}"
+                )
+        if self.positions == "none":
+            for name, default in (("position_shape", None), ("position_origin", "first")):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} needs absolute positions, got positions='none'")
+            return
+        if self.dim % 2:
+            raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
+        least = 3 if self.positions == "fourier" else 2
+        if self.dim < least * len(self.index_shape):
+            raise ValueError(
+                f"dim must be at least {least} for each of the {len(self.index_shape)} axes of "
+                f"{self.positions} positions, got {self.dim}"
+            )

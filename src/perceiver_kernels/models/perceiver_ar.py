@@ -19,7 +19,8 @@ from perceiver_kernels.generation import generate
 from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention
 from perceiver_kernels.models.checkpoint import check_state, read_model, write_model
 from perceiver_kernels.models.config import PerceiverARConfig
-from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions, rotary_cos_sin
+from perceiver_kernels.models.positions import fourier, initial_table, sinusoids, table_rows
+from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
 from perceiver_kernels.streaming import Recomputed, Source
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
@@ -67,7 +68,7 @@ class PerceiverAR(nn.Module):
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(config.max_seq_len, config.dim) if learned else None
+        self.position_embedding = nn.Embedding(sum(config.index_shape), config.dim) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.cross = block(
             CrossAttention(
@@ -109,7 +110,9 @@ class PerceiverAR(nn.Module):
         else:
             self.head.weight.mul_(0.1)
         if self.position_embedding is not None:
-            self.position_embedding.weight.copy_(self._sinusoids(torch.arange(self.config.max_seq_len)))
+            config = self.config
+            table = initial_table(config.index_shape, config.dim, base=config.position_base)
+            self.position_embedding.weight.copy_(table)
 
     def forward(
         self,
@@ -164,18 +167,18 @@ class PerceiverAR(nn.Module):
         key_mask = None
         if pad_mask is not None:
             positions, key_mask = positions_from_padding(pad_mask), ~pad_mask
-        prefix = total - num_latents
+        prefix, places = total - num_latents, self._places(positions)
         inputs: Tensor | Source
         if self.config.streamed:
-            latents = self.embed(tokens[:, prefix:], positions[..., prefix:])
-            inputs = self._stream(tokens[:, :prefix], positions[..., :prefix])
+            latents = self.embed(tokens[:, prefix:], places[..., prefix:])
+            inputs = self._stream(tokens[:, :prefix], places[..., :prefix])
         else:
-            inputs = self.embed(tokens, positions)
+            inputs = self.embed(tokens, places)
             latents = inputs[:, prefix:]
         return self.logits(self.read(latents, inputs, positions, key_mask))
 
     def embed(self, tokens: Tensor, positions: Tensor, *, in_chunks: bool = False) -> Tensor:
-        """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim).
+        """Tokens (B, n) at absolute positions (n,) or (B, n) to (B, n, dim).
 
         ``in_chunks``: gradients of long tables are sparse, or every chunk would make one of the table's size.
         """
@@ -186,12 +189,22 @@ class PerceiverAR(nn.Module):
             return table(indices)
 
         x: Tensor = look_up(self.token_embedding, tokens)
+        shape, dim = self.config.index_shape, self.config.dim
         if self.position_embedding is not None:
-            x = x + look_up(self.position_embedding, positions)
+            for rows in table_rows(positions, shape):
+                x = x + look_up(self.position_embedding, rows)
         elif self.config.positions == "sinusoidal":
-            x = x + self._sinusoids(positions, x.dtype).to(x.dtype)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            base = self.config.position_base
+            x = x + sinusoids(positions, shape, dim, base=base, dtype=wide).to(x.dtype)
+        elif self.config.positions == "fourier":
+            x = x + fourier(positions, shape, dim).to(x.dtype)
         x = self.dropout(x)
         return x
+
+    def _places(self, positions: Tensor) -> Tensor:
+        """Absolute positions of inputs at positions (n,) or (B, n), of which the last is the last of all."""
+        return positions if self.config.position_origin == "first" else positions[..., -1:] - positions
 
     def _stream(self, tokens: Tensor, positions: Tensor) -> Recomputed:
         """The embedded tokens (B, n), each chunk when it is wanted."""
@@ -296,13 +309,14 @@ class PerceiverAR(nn.Module):
             counts = key_mask[:, :own].cumsum(1) + before, key_mask[:, own:].cumsum(1) + all_before
             positions = (torch.cat(counts, dim=1) - 1).clamp(min=0)
         inputs: Tensor | Source
+        places = self._places(positions)
         if self.config.streamed:
-            inputs = self._stream(tokens[:, :own], positions[..., :own])
+            inputs = self._stream(tokens[:, :own], places[..., :own])
         else:
             with prefix.randomness("embeddings", device):
-                inputs = self.embed(tokens[:, :own], positions[..., :own])
+                inputs = self.embed(tokens[:, :own], places[..., :own])
         with prefix.randomness("latents", device, shared=True):
-            latents = self.embed(last, positions[..., own:])
+            latents = self.embed(last, places[..., own:])
             inputs = torch.cat((inputs, latents), dim=1) if isinstance(inputs, Tensor) else inputs
             return self.logits(self.read(latents, inputs, positions, key_mask, slices=prefix))
 
@@ -319,10 +333,3 @@ class PerceiverAR(nn.Module):
                 raise ValueError(
                     f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}"
                 )
-
-    def _sinusoids(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Positions (...) to (..., dim): sines, then cosines (Vaswani et al. 2017), at least float32."""
-        base = self.config.max_seq_len if self.config.position_base is None else self.config.position_base
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = rotary_cos_sin(positions, self.config.dim, base=base, dtype=wide)
-        return torch.cat((sin, cos), dim=-1)

@@ -322,14 +322,15 @@ def small_model(**options: Any) -> pk.PerceiverAR:
 def model_equals_one_process() -> list[str]:
     """Logits and averaged gradients, with latents that lie on several ranks, padding, learned positions."""
     world, wrong = dist.get_world_size(), []
-    plain = small_model(positions="learned", tie_embeddings=True)
+    options = {"positions": "learned", "tie_embeddings": True, "cross_after": (1,), "latents_per_position": 2}
+    plain = small_model(**options)
     tokens, labels = torch.randint(17, (2, 61)), torch.randint(17, (2, 9))
     several = {2: (9, 1), 3: (50, 2, 2), 4: (9, 1, 0, 1)}
     for kind, shares in {**SPLITS, "latents on several ranks": several}.items():
         own = part(split(61, shares[world]))
         model = plain
         if kind == "uneven":
-            model = small_model(positions="learned", tie_embeddings=True, streamed=True, chunk_size=8)
+            model = small_model(streamed=True, chunk_size=8, **options)
         for padding in (None, 13, 55):  # of the first example, on the left
             pad = None if padding is None else torch.arange(61).expand(2, 61) < torch.tensor([[padding], [0]])
             logits = model(tokens, pad_mask=pad)
@@ -353,7 +354,7 @@ def model_draws_dropout_alike() -> list[bool]:
 def _model_dropout(streamed: bool) -> list[bool]:
     world = dist.get_world_size()
     options = {"dropout": 0.2, "attention_dropout": 0.2, "prefix_dropout": 0.5, "chunk_size": 8}
-    model = small_model(streamed=streamed, **options)
+    model = small_model(streamed=streamed, cross_after=(0,), **options)
     tokens = torch.randint(17, (2, 60))[:, part(split(60, SPLITS["uneven"][world]))]
     torch.manual_seed(dist.get_rank())  # no matter
     logits = [model(tokens, group=dist.group.WORLD).detach() for _ in range(2)]

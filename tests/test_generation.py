@@ -21,7 +21,8 @@ def one_thread():
 
 MODELS = [
     {},
-    {"positions": "learned", "position_shape": (4, 5, 3)},
+    {"positions": "learned", "position_shape": (4, 5, 3), "cross_after": (0,)},
+    {"positions": "fourier", "latents_per_position": 2, "cross_after": (1,), "rotary_heads": 0.5},
 ]
 
 
@@ -116,7 +117,8 @@ def test_cache_does_the_work_once(model):
     for hook in hooks:
         hook.remove()
     assert rows == [20] + [1] * 8
-    assert latents == [8, 5, 1, 1, 1, 5, 1, 1, 1]
+    each = model.config.latents_per_position
+    assert latents == [each * n for n in (8, 5, 1, 1, 1, 5, 1, 1, 1)]
     assert embedded == [20, 5, 1, 1, 1, 5, 1, 1, 1]
 
 

@@ -19,6 +19,8 @@ VARIANTS = [
     {"depth": 0, "rotary_fraction": 0.0, "position_base": 100.0},
     {"rotary_heads": 0.5, "rotary_endpoint": True, "rotary_base": 64.0},
     {"positions": "fourier", "rotary_fraction": 0.0},
+    {"cross_after": (0, 1), "depth": 3},
+    {"latents_per_position": 3, "num_kv_heads": 2, "cross_after": (0,), "rotary_heads": 0.5},
     {"positions": "learned", "position_shape": (4, 8, 2), "position_origin": "last"},
 ]
 
@@ -126,6 +128,55 @@ def test_number_of_latents_changes_only_what_the_deep_layers_see():
     assert (few - many[:, -5:]).abs().max() > 1e-4
     # All positions latent is a plain causal transformer: its logits are those of every shorter input.
     close(deep(tokens[:, :11], num_latents=11), deep(tokens, num_latents=40)[:, :11])
+
+
+def test_a_later_cross_attention_reads_the_prefix_after_its_layer():
+    """With the first reading's update silenced, the prefix comes in through the later one alone."""
+    model, tokens = build(cross_after=(1,)), draw(1, 30)
+    other = tokens.clone()
+    other[:, 3] = (other[:, 3] + 1) % CONFIG.vocab_size
+    with torch.no_grad():
+        model.cross.attention.out_proj.weight.zero_()
+    assert not torch.equal(model(tokens), model(other))
+    with torch.no_grad():
+        model.later_crosses[0].attention.out_proj.weight.zero_()
+    assert torch.equal(model(tokens), model(other))
+
+
+def test_several_latents_for_a_position_by_hand():
+    """One query for each of them over the keys up to their position; then causal among all latents."""
+    model, tokens = build(latents_per_position=2, depth=1, num_kv_heads=2, cross_after=(0,)), draw(1, 12)
+    with torch.no_grad():
+        model.latent_embedding.weight.normal_()
+    x = model.embed(tokens, torch.arange(12))
+    z = torch.stack([x[0, 7 + i // 2] + model.latent_embedding.weight[i % 2] for i in range(10)])
+
+    def attend(attention, z, at, row, keys, places):
+        """One query over keys at their places: the layer itself, asked for its last row."""
+        rotary = attention.rotary(torch.cat((places, at[None])), torch.float64)
+        q = attention._heads(attention.q_proj(attention.norm(z[row][None, None])), 4, rotary)
+        rotary = tuple(t[:-1] for t in rotary)
+        context = (attention.kv_norm or attention.norm)(keys[None])
+        k = attention._heads(attention.k_proj(context), 2, rotary)
+        v = attention._heads(attention.v_proj(context), 2, None)
+        out = pk.perceiver_attention(q, k, v)
+        return attention.out_proj(out.transpose(1, 2).flatten(2))[0, 0]
+
+    def block(block, z, step):
+        z = z + torch.stack([step(block.attention, z, i) for i in range(10)])
+        return z + block.feed_forward(z)
+
+    place = 7 + torch.arange(10) // 2
+
+    def cross(attention, z, i):
+        until = int(place[i]) + 1
+        return attend(attention, z, place[i], i, x[0, :until], torch.arange(until))
+
+    z = block(model.cross, z, cross)
+    z = block(model.blocks[0], z, lambda a, z, i: attend(a, z, place[i], i, z[: i + 1], place[: i + 1]))
+    z = block(model.later_crosses[0], z, cross)
+    want = model.head(model.norm(z).view(5, 2, -1).mean(1))
+    close(model(tokens, num_latents=5)[0], want)
 
 
 def test_positions_matter_where_there_are_any():
@@ -280,6 +331,10 @@ def test_the_package_offers_it():
             ValueError,
             "positions must be one of sinusoidal, fourier, learned, none, got 'alibi'",
         ),
+        ({"latents_per_position": 0}, ValueError, "latents_per_position must be at least 1, got 0"),
+        ({"cross_after": (2,)}, ValueError, r"some of the 2 layers, from 0 on and in order, got \(2,\)"),
+        ({"cross_after": (1, 0)}, ValueError, r"some of the 2 layers, from 0 on and in order, got \(1, 0\)"),
+        ({"cross_after": (1, 1)}, ValueError, r"some of the 2 layers, from 0 on and in order, got \(1, 1\)"),
         ({"position_origin": "end"}, ValueError, "position_origin must be one of first, last, got 'end'"),
         (
             {"position_shape": (8, 7)},

@@ -9,7 +9,7 @@ W is ``num_latents``. So the window grows to W latents, then drops its oldest ``
 again; it holds more than ``W - stride`` and at most W latents. It depends on n alone, so generating 20
 tokens is generating 10 and then 10 more, and it is the same with and without the cache.
 
-**The cache.** A key and value of the cross-attention depends on its own token and position only, so they are
+**The cache.** A key and value of a cross-attention depends on its own token and position only, so they are
 cached for all positions and never recomputed. The latents attend to one another, so while the window grows
 each step adds one latent to the layers' caches, and when it moves its latents are computed anew, over the
 cached cross-attention: once in ``stride`` steps. A small stride is closer to a full window at every step, a
@@ -47,8 +47,9 @@ class CachedDecoder:
             )
         self.model, self.num_latents, self.stride = model, num_latents, stride
         self.start = self.end = 0  # columns of the latents that the layers' caches hold
-        self.cross_cache = KVCache(capacity)
-        self.caches = [KVCache(num_latents) for _ in model.blocks]
+        self.several = model.config.latents_per_position
+        self.cross_caches = [KVCache(capacity) for _ in (model.cross, *model.later_crosses)]
+        self.caches = [KVCache(num_latents * self.several) for _ in model.blocks]
 
     def __call__(self, tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """(B, n) tokens, the whole sequence so far, and its padding to (B, vocab_size)."""
@@ -58,17 +59,17 @@ class CachedDecoder:
             self.start = self.end = start
             for cache in self.caches:
                 cache.clear()
-        num_latents, num_inputs = total - self.end, total - self.cross_cache.length
+        num_latents, num_inputs = total - self.end, total - self.cross_caches[0].length
         rows = max(num_latents, num_inputs)
         positions = right_aligned_positions(rows, total, device=tokens.device)
         key_mask = None
         if pad_mask is not None:
             positions, key_mask = positions_from_padding(pad_mask)[:, total - rows :], ~pad_mask
         x = self.model.embed(tokens[:, total - rows :], positions)
-        latents, inputs = x[:, rows - num_latents :], x[:, rows - num_inputs :]
-        latents = self.model.read(latents, inputs, positions, key_mask, [self.cross_cache, *self.caches])
+        own, inputs = x[:, rows - num_latents :], x[:, rows - num_inputs :]
+        latents = self.model.read(own, inputs, positions, key_mask, [*self.cross_caches, *self.caches])
         self.end = total
-        return self.model.logits(latents[:, -1])
+        return self.model.logits(latents[:, -self.several :])[:, -1]
 
 
 class RecomputingDecoder:

@@ -211,6 +211,8 @@ class CrossAttention(nn.Module):
         latents: Tensor,
         inputs: Tensor | Source,
         *,
+        own: Tensor | None = None,
+        per_position: int = 1,
         positions: Tensor | None = None,
         rotary: Rotary | None = None,
         key_mask: Tensor | None = None,
@@ -222,10 +224,14 @@ class CrossAttention(nn.Module):
         The last latent stands at the last key, so latent i sees keys up to ``N - M + i``.
 
         Args:
-            latents: (B, M, dim), the queries.
+            latents: (B, M, dim), the queries; (B, M * per_position, dim) where several stand at each
+                position, those of one position side by side.
             inputs: (B, n, dim), the keys and values, latents included. With ``cache`` they are appended to
                 it, and the N keys are all that the cache then holds; without, N = n. Or a source of what
                 stands *before* the latents, N - M inputs, which is streamed.
+            own: (B, M, dim), the inputs at the latents' positions, where ``inputs`` is a source and these are
+                not the latents themselves.
+            per_position: latents at each position.
             positions: (L,) or (B, L) with L at least M and n: the last belongs to the last key.
             rotary: cos and sin, (L, R) or (B, L, R), instead of ``positions``.
             key_mask: bool (B, N), True = may be attended.
@@ -234,13 +240,15 @@ class CrossAttention(nn.Module):
                 ``key_mask`` are then those of this rank's part and of the latents, which all ranks share.
 
         Returns:
-            (B, M, dim).
+            The shape of ``latents``.
         """
         if not isinstance(inputs, Tensor):
             with _apart(slices, latents.device):
-                streamed: Tensor = self._attend_streamed(latents, inputs, positions, rotary, key_mask, slices)
+                streamed: Tensor = self._attend_streamed(
+                    latents, inputs, latents if own is None else own, positions, rotary, key_mask, slices
+                )
             return streamed
-        num_latents = latents.shape[1]
+        num_latents = latents.shape[1] // per_position
         if rotary is None:
             assert positions is not None
             rotary = self.rotary(positions, latents.dtype)
@@ -249,7 +257,7 @@ class CrossAttention(nn.Module):
                 inputs, rotary, key_mask = self._drop_prefix(num_latents, inputs, rotary, key_mask)
             slices = self._after_drop(slices)
         queries = self.norm(latents)
-        q = self._heads(self.q_proj(queries), self.num_heads, rotary)
+        q = self._query_heads(self.q_proj(queries), per_position, rotary)
         if slices is not None and not slices.is_last:  # the latents' own keys are the last rank's
             keys = inputs.shape[1] - num_latents
             inputs, rotary = inputs[:, :keys], (rotary[0][..., :keys, :], rotary[1][..., :keys, :])
@@ -270,8 +278,7 @@ class CrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return update
+        return self._update(out, per_position)
 
     # torch.compile can't follow a walk whose chunks have graphs of their own: its own graph breaks here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -279,13 +286,15 @@ class CrossAttention(nn.Module):
         self,
         latents: Tensor,
         prefix: Source,
+        own: Tensor,
         positions: Tensor | None,
         rotary: Rotary | None,
         key_mask: Tensor | None,
         slices: Slices | None,
     ) -> Tensor:
-        """:meth:`attend` over prefix and latents, chunk by chunk."""
-        (batch, num_latents), device, kept = latents.shape[:2], latents.device, None
+        """:meth:`attend` over prefix and own inputs, chunk by chunk."""
+        (batch, num_latents), device, kept = own.shape[:2], latents.device, None
+        per_position = latents.shape[1] // num_latents
         if slices is not None and positions is None:
             positions = slices.positions(num_latents, device)
         if self.training and self.prefix_dropout > 0.0:
@@ -313,10 +322,10 @@ class CrossAttention(nn.Module):
             return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
 
         weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
-        sources = [prefix, Rows(latents)] if slices is None or slices.is_last else [prefix]
+        sources = [prefix, Rows(own)] if slices is None or slices.is_last else [prefix]
         stream = KeyStream(sources, project, weights, self.chunk_size)
         last = angles(total - num_latents, total)
-        query = self._heads(self.q_proj(self.norm(latents)), self.num_heads, last)
+        query = self._query_heads(self.q_proj(self.norm(latents)), per_position, last)
         call = stream_call(
             query,
             stream,
@@ -332,7 +341,25 @@ class CrossAttention(nn.Module):
         out, _ = streamed_attention(
             query, stream, *call, slices=None if slices is None else slices.extended(num_latents)
         )
-        update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return self._update(out, per_position)
+
+    def _query_heads(self, x: Tensor, per_position: int, rotary: Rotary | None) -> Tensor:
+        """(B, M * per_position, H * D) to (B, H * per_position, M, D).
+
+        The latents of one position see the same keys: to the op they are so many more query heads of each
+        key head.
+        """
+        if per_position > 1:
+            x = torch.unflatten(torch.unflatten(x, 1, (-1, per_position)), -1, (self.num_kv_heads, -1))
+            x = x.transpose(2, 3).flatten(2)
+        return self._heads(x, self.num_heads * per_position, rotary)
+
+    def _update(self, out: Tensor, per_position: int) -> Tensor:
+        """What the op gave for :meth:`_query_heads` to (B, M * per_position, dim)."""
+        out = out.transpose(1, 2)
+        if per_position > 1:
+            out = torch.unflatten(out, 2, (self.num_kv_heads, per_position, -1)).transpose(2, 3).flatten(1, 2)
+        update: Tensor = self.out_proj(out.flatten(2))
         return update
 
     def _heads(self, x: Tensor, heads: int, rotary: Rotary | None) -> Tensor:

@@ -20,12 +20,16 @@ class PerceiverARConfig:
     Args:
         vocab_size: number of tokens.
         dim: channels of the residual stream.
-        depth: self-attention layers over the latents, after the one cross-attention.
+        depth: self-attention layers over the latents, after the first cross-attention.
         num_heads: query heads of every attention.
         max_seq_len: longest input N.
         num_latents: latents M unless a call says otherwise; at most ``max_seq_len``.
         num_kv_heads: key and value heads, a divisor of ``num_heads``. None: ``num_heads``.
         head_dim: channels of a head. None: ``dim // num_heads``.
+        cross_after: layers, counted from 0, that are followed by a cross-attention of their own, from all
+            embedded inputs again.
+        latents_per_position: latents that stand at each of the last positions, told apart by a learned
+            vector. Each sees those before it, its position's included; the logits are of their mean.
         ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
         positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"fourier"`` (linearly
             spaced frequencies, as in the Perceiver), ``"learned"`` (a table that starts at the sinusoids) or
@@ -59,6 +63,8 @@ class PerceiverARConfig:
     num_latents: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    cross_after: tuple[int, ...] = ()
+    latents_per_position: int = 1
     ff_mult: float = 4.0
     positions: PositionKind = "sinusoidal"
     position_base: float | None = None
@@ -77,7 +83,8 @@ class PerceiverARConfig:
     chunk_size: int = CHUNK_SIZE
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents", "chunk_size")
+        sizes = ["vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents"]
+        sizes += ["latents_per_position", "chunk_size"]
         optional = [name for name in ("num_kv_heads", "head_dim") if getattr(self, name) is not None]
         for name in (*sizes, *optional):
             value, least = getattr(self, name), 0 if name == "depth" else 1
@@ -93,6 +100,12 @@ class PerceiverARConfig:
             )
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
+        object.__setattr__(self, "cross_after", tuple(self.cross_after))  # JSON knows lists only
+        if list(self.cross_after) != [layer for layer in range(self.depth) if layer in self.cross_after]:
+            raise ValueError(
+                f"cross_after must name some of the {self.depth} layers, from 0 on and in order, "
+                f"got {self.cross_after}"
+            )
         self._check_positions()
         if self.rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {self.rotary_layout!r}")
@@ -118,7 +131,7 @@ class PerceiverARConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.position_shape is not None:
-            shape = tuple(self.position_shape)  # JSON knows lists only
+            shape = tuple(self.position_shape)
             object.__setattr__(self, "position_shape", shape)
             if not all(isinstance(size, int) and size >= 1 for size in shape):
                 raise ValueError(f"position_shape must be positive ints, got {shape}")

@@ -1,7 +1,8 @@
 """Perceiver AR (Hawthorne et al. 2022, arXiv 2202.07765): long context, short latents.
 
-The last M positions of the input are the latents. One causal cross-attention reads all N inputs into them,
+The last M positions of the input are the latents. A causal cross-attention reads all N inputs into them,
 then ``depth`` causal self-attention layers work on the M latents alone: context costs N M, depth costs M^2.
+Further cross-attentions may follow layers of choice, and several latents may stand at each position.
 """
 
 from __future__ import annotations
@@ -70,19 +71,26 @@ class PerceiverAR(nn.Module):
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(sum(config.index_shape), config.dim) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.cross = block(
-            CrossAttention(
-                config.dim,
-                config.num_heads,
-                prefix_dropout=config.prefix_dropout,
-                streamed=config.streamed,
-                chunk_size=config.chunk_size,
-                **options,
+        several = config.latents_per_position > 1
+        self.latent_embedding = nn.Embedding(config.latents_per_position, config.dim) if several else None
+
+        def cross() -> Block:
+            return block(
+                CrossAttention(
+                    config.dim,
+                    config.num_heads,
+                    prefix_dropout=config.prefix_dropout,
+                    streamed=config.streamed,
+                    chunk_size=config.chunk_size,
+                    **options,
+                )
             )
-        )
+
+        self.cross = cross()
         self.blocks = nn.ModuleList(
             block(SelfAttention(config.dim, config.num_heads, **options)) for _ in range(config.depth)
         )
+        self.later_crosses = nn.ModuleList(cross() for _ in config.cross_after)
         self.norm = nn.LayerNorm(config.dim)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -99,10 +107,13 @@ class PerceiverAR(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        for block in (self.cross, *self.blocks):
+        blocks = (self.cross, *self.blocks, *self.later_crosses)
+        for block in blocks:
             for output in (block.attention.out_proj, block.feed_forward[-1]):
-                output.weight.div_(math.sqrt(2 * (1 + self.config.depth)))
+                output.weight.div_(math.sqrt(2 * len(blocks)))
         nn.init.normal_(self.token_embedding.weight)
+        if self.latent_embedding is not None:
+            nn.init.normal_(self.latent_embedding.weight, std=0.1)
         # Small logits. A tied output would first of all predict the input token again: the latents still
         # hold its embedding.
         if self.head is None:
@@ -170,12 +181,12 @@ class PerceiverAR(nn.Module):
         prefix, places = total - num_latents, self._places(positions)
         inputs: Tensor | Source
         if self.config.streamed:
-            latents = self.embed(tokens[:, prefix:], places[..., prefix:])
+            own = self.embed(tokens[:, prefix:], places[..., prefix:])
             inputs = self._stream(tokens[:, :prefix], places[..., :prefix])
         else:
             inputs = self.embed(tokens, places)
-            latents = inputs[:, prefix:]
-        return self.logits(self.read(latents, inputs, positions, key_mask))
+            own = inputs[:, prefix:]
+        return self.logits(self.read(own, inputs, positions, key_mask))
 
     def embed(self, tokens: Tensor, positions: Tensor, *, in_chunks: bool = False) -> Tensor:
         """Tokens (B, n) at absolute positions (n,) or (B, n) to (B, n, dim).
@@ -220,36 +231,70 @@ class PerceiverAR(nn.Module):
 
     def read(
         self,
-        latents: Tensor,
+        own: Tensor,
         inputs: Tensor | Source,
         positions: Tensor,
         key_mask: Tensor | None = None,
-        caches: Sequence[KVCache | None] | None = None,
+        caches: Sequence[KVCache] | None = None,
         slices: Slices | None = None,
     ) -> Tensor:
-        """All layers up to the last norm: inputs (B, n, dim) into latents (B, M, dim).
+        """All layers up to the last norm: inputs (B, n, dim) into the latents of the last M positions.
 
-        Inputs are latents included, or a source of what stands before them.
+        Args:
+            own: (B, M, dim), the embedded inputs at these positions, from which the latents start.
+            inputs: all of them, own included, or a source of what stands before own.
+            positions: (L,) or (B, L), L = max(M, n), right-aligned with the inputs like ``key_mask`` (B, N).
+            caches: one :class:`KVCache` for each cross-attention, then one for each layer: generation's way
+                in.
+            slices: that of :meth:`CrossAttention.attend`.
 
-        ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the
-        inputs. ``caches`` holds one :class:`KVCache` for the cross-attention and one for each layer:
-        generation's way in. ``slices`` is that of :meth:`CrossAttention.attend`.
+        Returns:
+            (B, M * latents_per_position, dim).
         """
-        cross_cache, *block_caches = [None] * (1 + len(self.blocks)) if caches is None else caches
-        latents = self.cross(
-            latents, inputs, positions=positions, key_mask=key_mask, cache=cross_cache, slices=slices
+        several, num_positions = self.config.latents_per_position, own.shape[1]
+        crosses = (self.cross, *self.later_crosses)
+        found: Sequence[KVCache | None] = (
+            caches if caches is not None else [None] * (len(crosses) + len(self.blocks))
         )
-        own = positions[..., positions.shape[-1] - latents.shape[1] :]
-        rotary = self.cross.attention.rotary(own, latents.dtype)
-        for block, cache in zip(self.blocks, block_caches, strict=True):
-            stored = 0 if cache is None else cache.length
-            seen = None if key_mask is None else key_mask[:, key_mask.shape[1] - stored - latents.shape[1] :]
+
+        def cross(index: int, latents: Tensor) -> Tensor:
+            updated: Tensor = crosses[index](
+                latents,
+                inputs,
+                own=own,
+                per_position=several,
+                positions=positions,
+                key_mask=key_mask,
+                cache=found[index],
+                slices=None if slices is None else slices.of_layer(index),
+            )
+            return updated
+
+        latents = own
+        if self.latent_embedding is not None:
+            latents = own.repeat_interleave(several, 1) + self.latent_embedding.weight.repeat(
+                num_positions, 1
+            )
+        latents = cross(0, latents)
+        rotary = self.cross.attention.rotary(
+            positions[..., positions.shape[-1] - num_positions :].repeat_interleave(several, -1), own.dtype
+        )
+        for i, block in enumerate(self.blocks):
+            cache = found[len(crosses) + i]
+            seen = None
+            if key_mask is not None:
+                stored = 0 if cache is None else cache.length // several
+                seen = key_mask[:, key_mask.shape[1] - stored - num_positions :].repeat_interleave(several, 1)
             latents = block(latents, latents, rotary=rotary, key_mask=seen, cache=cache)
+            if i in self.config.cross_after:
+                latents = cross(1 + self.config.cross_after.index(i), latents)
         return latents
 
     def logits(self, latents: Tensor) -> Tensor:
-        """Latents (B, M, dim) to logits (B, M, vocab_size)."""
+        """Latents (B, M * latents_per_position, dim) to logits (B, M, vocab_size)."""
         latents = self.norm(latents)
+        if self.config.latents_per_position > 1:
+            latents = torch.unflatten(latents, 1, (-1, self.config.latents_per_position)).mean(2)
         if self.head is not None:
             return F.linear(latents, self.head.weight)
         # The embedding has unit variance; a projection of unit gain has 1 / dim.

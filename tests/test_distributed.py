@@ -323,7 +323,7 @@ def model_equals_one_process() -> list[str]:
     """Logits and averaged gradients, with latents that lie on several ranks, padding, learned positions."""
     world, wrong = dist.get_world_size(), []
     options = {"positions": "learned", "tie_embeddings": True, "cross_after": (1,), "latents_per_position": 2}
-    plain = small_model(**options)
+    plain = small_model(activation_checkpointing=True, **options)
     tokens, labels = torch.randint(17, (2, 61)), torch.randint(17, (2, 9))
     several = {2: (9, 1), 3: (50, 2, 2), 4: (9, 1, 0, 1)}
     for kind, shares in {**SPLITS, "latents on several ranks": several}.items():
@@ -354,7 +354,7 @@ def model_draws_dropout_alike() -> list[bool]:
 def _model_dropout(streamed: bool) -> list[bool]:
     world = dist.get_world_size()
     options = {"dropout": 0.2, "attention_dropout": 0.2, "prefix_dropout": 0.5, "chunk_size": 8}
-    model = small_model(streamed=streamed, cross_after=(0,), **options)
+    model = small_model(streamed=streamed, cross_after=(0,), latent_dropout=0.3, **options)
     tokens = torch.randint(17, (2, 60))[:, part(split(60, SPLITS["uneven"][world]))]
     torch.manual_seed(dist.get_rank())  # no matter
     logits = [model(tokens, group=dist.group.WORLD).detach() for _ in range(2)]

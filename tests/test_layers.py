@@ -309,6 +309,17 @@ def test_feed_forward():
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(layer(x), nn.functional.gelu(normed @ up.T) @ down.T)
 
+    layer = FeedForward(6, mult=2.5, activation="squared_relu").double()
+    up, down = layer[1].weight, layer[4].weight
+    torch.testing.assert_close(layer(x), (normed @ up.T).clamp(min=0) ** 2 @ down.T)
+
+    layer = FeedForward(6, mult=2.5, activation="geglu").double()
+    up, gate, down = layer[1].weight[:15], layer[1].weight[15:], layer[4].weight
+    torch.testing.assert_close(layer(x), (normed @ up.T * nn.functional.gelu(normed @ gate.T)) @ down.T)
+
+    with pytest.raises(ValueError, match="activation must be one of gelu, squared_relu, geglu, got 'swiglu'"):
+        FeedForward(6, activation="swiglu")
+
 
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -18,8 +18,8 @@ VARIANTS = [
     {"positions": "none", "rotary_layout": "interleaved", "rotary_fraction": 1.0, "head_dim": 6},
     {"depth": 0, "rotary_fraction": 0.0, "position_base": 100.0},
     {"rotary_heads": 0.5, "rotary_endpoint": True, "rotary_base": 64.0},
-    {"positions": "fourier", "rotary_fraction": 0.0},
-    {"cross_after": (0, 1), "depth": 3},
+    {"positions": "fourier", "rotary_fraction": 0.0, "activation": "squared_relu"},
+    {"cross_after": (0, 1), "depth": 3, "activation": "geglu"},
     {"latents_per_position": 3, "num_kv_heads": 2, "cross_after": (0,), "rotary_heads": 0.5},
     {"positions": "learned", "position_shape": (4, 8, 2), "position_origin": "last"},
 ]
@@ -249,6 +249,43 @@ def test_prefix_dropout_in_training():
     assert rows == [24, 24, 40, 40]
 
 
+def test_a_dropped_latent_speaks_for_itself_alone():
+    model, tokens = build(latent_dropout=0.5).train(), draw(2, 30)
+    masks = []
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda module, args, options: masks.append(options["key_mask"]), with_kwargs=True
+        )
+        for block in model.blocks
+    ]
+    inputs = model.embed(tokens, torch.arange(30))
+
+    def read(own):
+        torch.manual_seed(2)
+        return model.read(own, inputs, torch.arange(30))
+
+    before = read(inputs[:, 22:])
+    assert torch.equal(masks[0], masks[1])
+    assert 0 < masks[0].sum() < 16
+    (dropped, *_), (kept, *_) = (~masks[0][0]).nonzero().flatten(), masks[0][0].nonzero().flatten()
+    for latent, reach in ((dropped, [dropped]), (kept, range(int(kept), 8))):
+        own = inputs[:, 22:].clone()
+        own[0, latent] += torch.randn(32, dtype=torch.float64)
+        moved = (read(own)[0] != before[0]).any(-1)
+        assert moved.nonzero().flatten().tolist() == [int(i) for i in reach]
+    for hook in hooks:
+        hook.remove()
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_zero_head():
+    model = build(zero_head=True)
+    assert (model(draw(2, 20)) == 0).all()
+    torch.nn.functional.cross_entropy(model(draw(2, 20)).flatten(0, 1), draw(16)).backward()
+    assert model.head.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_initialisation(changes):
     torch.manual_seed(0)
@@ -300,14 +337,30 @@ def test_compiles_without_a_graph_break():
     )
 
 
-def test_activation_checkpointing():
-    model, tokens = build(), draw(2, 40)
-    want = torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))
-    run = torch.utils.checkpoint.checkpoint(model, tokens, use_reentrant=False)
-    for got, expected in zip(
-        torch.autograd.grad(run.square().sum(), list(model.parameters())), want, strict=True
-    ):
-        close(got, expected)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_activation_checkpointing_keeps_less_and_changes_nothing(streamed):
+    tokens, kept, results = draw(2, 40), [], []
+    for on in (False, True):
+        model = build(
+            activation_checkpointing=on,
+            streamed=streamed,
+            chunk_size=7,
+            cross_after=(0,),
+            dropout=0.2,
+            attention_dropout=0.2,
+            prefix_dropout=0.3,
+        ).train()
+        saved = []
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
+            logits = model(tokens)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+        kept.append(sum(saved))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+    assert kept[1] < kept[0] / 3
 
 
 def test_the_package_offers_it():
@@ -360,6 +413,17 @@ def test_the_package_offers_it():
         ({"rotary_layout": "neox"}, ValueError, "rotary_layout must be one of half, interleaved, got 'neox'"),
         ({"rotary_fraction": -0.5}, ValueError, r"rotary_fraction must be in \[0, 1\], got -0.5"),
         ({"rotary_heads": 2}, ValueError, r"rotary_heads must be in \[0, 1\], got 2"),
+        (
+            {"activation": "relu"},
+            ValueError,
+            "activation must be one of gelu, squared_relu, geglu, got 'relu'",
+        ),
+        (
+            {"zero_head": True, "tie_embeddings": True},
+            ValueError,
+            "zero_head needs an output projection of its own, got tie_embeddings=True",
+        ),
+        ({"latent_dropout": -0.1}, ValueError, r"latent_dropout must be in \[0, 1\), got -0.1"),
         ({"prefix_dropout": 1.0}, ValueError, r"prefix_dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),
         ({"attention_dropout": -1}, ValueError, r"attention_dropout must be in \[0, 1\), got -1"),

@@ -6,11 +6,12 @@ Every layer is pre-norm and returns the update only; the caller adds it to the r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perceiver_kernels.attention import perceiver_attention
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
@@ -508,15 +509,49 @@ class SelfAttention(CrossAttention):
         return super().forward(latents, **options)
 
 
-class FeedForward(nn.Sequential):
-    """LayerNorm, Linear to ``mult * dim``, GELU, Dropout, Linear: (..., dim) to (..., dim)."""
+class SquaredReLU(nn.Module):
+    """``max(x, 0) ** 2`` (Primer, So et al. 2021, arXiv 2109.08668), Google's Perceiver AR's."""
 
-    def __init__(self, dim: int, *, mult: float = 4.0, dropout: float = 0.0, bias: bool = False) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) to (...)."""
+        return torch.relu(x).square()
+
+
+class GeGLU(nn.Module):
+    """One half of the channels times the GELU of the other (Shazeer 2020, arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 2 n) to (..., n)."""
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+Activation = Literal["gelu", "squared_relu", "geglu"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "squared_relu": SquaredReLU, "geglu": GeGLU}
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, Linear to ``mult * dim``, activation, Dropout, Linear: (..., dim) to (..., dim).
+
+    ``"geglu"`` has twice the channels before the activation, and ``mult * dim`` after it as the others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mult: float = 4.0,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         hidden = int(dim * mult)
         super().__init__(
             nn.LayerNorm(dim),
-            nn.Linear(dim, hidden, bias=bias),
-            nn.GELU(),
+            nn.Linear(dim, 2 * hidden if activation == "geglu" else hidden, bias=bias),
+            _ACTIVATIONS[activation](),
             nn.Dropout(dropout),
             nn.Linear(hidden, dim, bias=bias),
         )

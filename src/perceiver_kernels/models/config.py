@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+from perceiver_kernels.layers import Activation
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout
 from perceiver_kernels.streaming import CHUNK_SIZE
 
@@ -31,6 +32,7 @@ class PerceiverARConfig:
         latents_per_position: latents that stand at each of the last positions, told apart by a learned
             vector. Each sees those before it, its position's included; the logits are of their mean.
         ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
+        activation: of the feed-forward blocks: ``"gelu"``, ``"squared_relu"`` or ``"geglu"``.
         positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"fourier"`` (linearly
             spaced frequencies, as in the Perceiver), ``"learned"`` (a table that starts at the sinusoids) or
             ``"none"``; see :mod:`perceiver_kernels.models.positions`.
@@ -44,9 +46,14 @@ class PerceiverARConfig:
         rotary_fraction, rotary_heads, rotary_layout, rotary_base, rotary_endpoint: rotary embedding, see
             :class:`perceiver_kernels.CrossAttention`.
         prefix_dropout: share of the prefix that the cross-attention leaves out in training.
+        latent_dropout: share of the latents that the layers leave out as keys in training, each with this
+            probability, the same ones in all layers; nothing learns from them but their own prediction.
         dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
         attention_dropout: dropout of the attention weights.
         tie_embeddings: whether the output projection is the token embedding.
+        zero_head: whether the output projection starts at zero, so that the first predictions are uniform.
+        activation_checkpointing: whether training keeps only what goes into each block and computes the rest
+            again in the backward: less memory, a third more time.
         streamed: whether the cross-attention walks the prefix in chunks, embedding its tokens as it goes: no
             tensor of N x dim exists, forward or backward. Same parameters, same results up to rounding.
         chunk_size: positions of each example at a time, where streamed.
@@ -66,6 +73,7 @@ class PerceiverARConfig:
     cross_after: tuple[int, ...] = ()
     latents_per_position: int = 1
     ff_mult: float = 4.0
+    activation: Activation = "gelu"
     positions: PositionKind = "sinusoidal"
     position_base: float | None = None
     position_shape: tuple[int, ...] | None = None
@@ -76,9 +84,12 @@ class PerceiverARConfig:
     rotary_base: float = 10_000.0
     rotary_endpoint: bool = False
     prefix_dropout: float = 0.0
+    latent_dropout: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     tie_embeddings: bool = False
+    zero_head: bool = False
+    activation_checkpointing: bool = False
     streamed: bool = False
     chunk_size: int = CHUNK_SIZE
 
@@ -112,7 +123,12 @@ class PerceiverARConfig:
         for name in ("rotary_fraction", "rotary_heads"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("prefix_dropout", "dropout", "attention_dropout"):
+        if self.activation not in get_args(Activation):
+            choices = ", ".join(get_args(Activation))
+            raise ValueError(f"activation must be one of {choices}, got {self.activation!r}")
+        if self.zero_head and self.tie_embeddings:
+            raise ValueError("zero_head needs an output projection of its own, got tie_embeddings=True")
+        for name in ("prefix_dropout", "latent_dropout", "dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("ff_mult", "rotary_base", "position_base"):

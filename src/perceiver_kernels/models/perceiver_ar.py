@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels.generation import generate
 from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention
@@ -63,7 +64,9 @@ class PerceiverAR(nn.Module):
         def block(attention: CrossAttention) -> Block:
             return Block(
                 attention,
-                FeedForward(config.dim, mult=config.ff_mult, dropout=config.dropout),
+                FeedForward(
+                    config.dim, mult=config.ff_mult, activation=config.activation, dropout=config.dropout
+                ),
                 config.dropout,
             )
 
@@ -119,7 +122,7 @@ class PerceiverAR(nn.Module):
         if self.head is None:
             nn.init.constant_(self.norm.weight, 0.1)
         else:
-            self.head.weight.mul_(0.1)
+            self.head.weight.mul_(0.0 if self.config.zero_head else 0.1)
         if self.position_embedding is not None:
             config = self.config
             table = initial_table(config.index_shape, config.dim, base=config.position_base)
@@ -258,7 +261,8 @@ class PerceiverAR(nn.Module):
         )
 
         def cross(index: int, latents: Tensor) -> Tensor:
-            updated: Tensor = crosses[index](
+            return self._run(
+                crosses[index],
                 latents,
                 inputs,
                 own=own,
@@ -268,7 +272,6 @@ class PerceiverAR(nn.Module):
                 cache=found[index],
                 slices=None if slices is None else slices.of_layer(index),
             )
-            return updated
 
         latents = own
         if self.latent_embedding is not None:
@@ -279,15 +282,27 @@ class PerceiverAR(nn.Module):
         rotary = self.cross.attention.rotary(
             positions[..., positions.shape[-1] - num_positions :].repeat_interleave(several, -1), own.dtype
         )
+        kept = None
+        if self.training and self.config.latent_dropout > 0.0:
+            kept = torch.rand(latents.shape[:2], device=latents.device) >= self.config.latent_dropout
         for i, block in enumerate(self.blocks):
             cache = found[len(crosses) + i]
             seen = None
             if key_mask is not None:
                 stored = 0 if cache is None else cache.length // several
                 seen = key_mask[:, key_mask.shape[1] - stored - num_positions :].repeat_interleave(several, 1)
-            latents = block(latents, latents, rotary=rotary, key_mask=seen, cache=cache)
+            if kept is not None:
+                seen = kept if seen is None else seen & kept
+            latents = self._run(block, latents, latents, rotary=rotary, key_mask=seen, cache=cache)
             if i in self.config.cross_after:
                 latents = cross(1 + self.config.cross_after.index(i), latents)
+        return latents
+
+    def _run(self, block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+        """A block's latents; where configured, what it computes on the way is computed again later."""
+        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, **options)  # type: ignore[no-any-return]
+        latents: Tensor = block(*inputs, **options)
         return latents
 
     def logits(self, latents: Tensor) -> Tensor:

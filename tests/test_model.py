@@ -84,18 +84,41 @@ def test_left_padding_is_no_padding(changes, pads):
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_moves_nothing_bit_by_bit(side):
-    model, tokens = build().float(), draw(2, 30)
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_padding_future_and_other_examples_move_nothing_bit_by_bit(changes, side, streamed):
+    """All at once: pads take other tokens, so does all that follows a column, so does the other example."""
+    model, tokens = build(streamed=streamed, chunk_size=7, **changes).float(), draw(2, 30)
     pad_mask = torch.zeros(2, 30, dtype=torch.bool)
     if side != "right":
         pad_mask[0, :25] = True
+        pad_mask[1, :3] = True
     if side != "left":
-        pad_mask[1, 26:] = True
-    other = torch.where(pad_mask, (tokens + 5) % CONFIG.vocab_size, tokens)
-    a, b = (model(x, pad_mask=pad_mask) for x in (tokens, other))
-    real = ~pad_mask[:, -8:]
-    assert torch.equal(a[real], b[real])
+        pad_mask[1, 27:] = True
+    before = model(tokens, pad_mask=pad_mask)
+    for example in (0, 1):
+        for column in (24, 26, 29):  # latents stand at columns 22 to 29
+            changed = pad_mask | (torch.arange(30) > column)
+            changed[1 - example] = True
+            after = model(torch.where(changed, (tokens + 5) % CONFIG.vocab_size, tokens), pad_mask=pad_mask)
+            kept = ~changed[example, 22:]
+            assert kept.any() or (example, column) == (0, 24)
+            assert torch.equal(before[example, kept], after[example, kept])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_gradient_bit_by_bit(side):
+    model, tokens = build().float(), draw(2, 30)
+    pad_mask = torch.zeros(2, 30, dtype=torch.bool)
+    pad_mask[:, 27:] = side == "right"
+    pad_mask[:, :12] = side == "left"
+    other, results = torch.where(pad_mask, (tokens + 5) % CONFIG.vocab_size, tokens), []
+    for x in (tokens, other):
+        logits = model(x, pad_mask=pad_mask)[~pad_mask[:, 22:]]
+        results.append(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_right_padding_keeps_the_logits_of_real_columns():
@@ -423,6 +446,8 @@ def test_the_package_offers_it():
             ValueError,
             "zero_head needs an output projection of its own, got tie_embeddings=True",
         ),
+        ({"label_smoothing": 1.0}, ValueError, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"z_loss": -1e-4}, ValueError, "z_loss must be finite and not negative, got -0.0001"),
         ({"latent_dropout": -0.1}, ValueError, r"latent_dropout must be in \[0, 1\), got -0.1"),
         ({"prefix_dropout": 1.0}, ValueError, r"prefix_dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\), got nan"),

@@ -52,6 +52,10 @@ class PerceiverARConfig:
         attention_dropout: dropout of the attention weights.
         tie_embeddings: whether the output projection is the token embedding.
         zero_head: whether the output projection starts at zero, so that the first predictions are uniform.
+        label_smoothing, z_loss: of :meth:`PerceiverAR.loss` in training, see
+            :mod:`perceiver_kernels.models.loss`.
+        random_crop: whether that loss in training places the latents anywhere in each sequence, not at its
+            end only.
         activation_checkpointing: whether training keeps only what goes into each block and computes the rest
             again in the backward: less memory, a third more time.
         streamed: whether the cross-attention walks the prefix in chunks, embedding its tokens as it goes: no
@@ -89,6 +93,9 @@ class PerceiverARConfig:
     attention_dropout: float = 0.0
     tie_embeddings: bool = False
     zero_head: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    random_crop: bool = False
     activation_checkpointing: bool = False
     streamed: bool = False
     chunk_size: int = CHUNK_SIZE
@@ -128,9 +135,11 @@ class PerceiverARConfig:
             raise ValueError(f"activation must be one of {choices}, got {self.activation!r}")
         if self.zero_head and self.tie_embeddings:
             raise ValueError("zero_head needs an output projection of its own, got tie_embeddings=True")
-        for name in ("prefix_dropout", "latent_dropout", "dropout", "attention_dropout"):
+        for name in ("prefix_dropout", "latent_dropout", "dropout", "attention_dropout", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
+            raise ValueError(f"z_loss must be finite and not negative, got {self.z_loss}")
         for name in ("ff_mult", "rotary_base", "position_base"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -21,6 +21,7 @@ from perceiver_kernels.generation import generate
 from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention
 from perceiver_kernels.models.checkpoint import check_state, read_model, write_model
 from perceiver_kernels.models.config import PerceiverARConfig
+from perceiver_kernels.models.loss import next_token_loss, random_crop
 from perceiver_kernels.models.positions import fourier, initial_table, sinusoids, table_rows
 from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
 from perceiver_kernels.streaming import Recomputed, Source
@@ -190,6 +191,38 @@ class PerceiverAR(nn.Module):
             inputs = self.embed(tokens, places)
             own = inputs[:, prefix:]
         return self.logits(self.read(own, inputs, positions, key_mask))
+
+    def loss(self, tokens: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy, in nats, of the token after each of the last M.
+
+        In training with the configured ``label_smoothing``, ``z_loss`` and ``random_crop``; in eval mode the
+        plain one. (A wrapper such as DDP sees calls of itself only: give its logits to
+        :func:`perceiver_kernels.models.loss.next_token_loss`.)
+
+        Args:
+            tokens: (B, N + 1), inputs and, one further, targets.
+            num_latents: M, as in :meth:`forward`.
+            pad_mask: bool (B, N + 1), True = padding, on either side. Only tokens that follow a token count.
+
+        Returns:
+            A scalar.
+        """
+        self._check(tokens, pad_mask)
+        config, length = self.config, tokens.shape[1] - 1
+        if not 1 <= length <= config.max_seq_len:
+            raise ValueError(
+                f"tokens must have from 2 to max_seq_len + 1 = {config.max_seq_len + 1} positions, "
+                f"inputs and the last target, got {length + 1}"
+            )
+        num_latents = min(config.num_latents, length) if num_latents is None else num_latents
+        if self.training and config.random_crop:
+            tokens, pad_mask = random_crop(tokens, pad_mask, num_latents + 1)
+        counted = None
+        if pad_mask is not None:
+            counted = ~(pad_mask[:, 1:] | pad_mask[:, :-1])[:, -num_latents:]
+        logits = self(tokens[:, :-1], num_latents, None if pad_mask is None else pad_mask[:, :-1])
+        extras = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss} if self.training else {}
+        return next_token_loss(logits, tokens[:, -num_latents:], counted, **extras)
 
     def embed(self, tokens: Tensor, positions: Tensor, *, in_chunks: bool = False) -> Tensor:
         """Tokens (B, n) at absolute positions (n,) or (B, n) to (B, n, dim).

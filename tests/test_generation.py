@@ -4,7 +4,13 @@ import pytest
 import torch
 from conftest import seeded
 
-from perceiver_kernels.generation import CachedDecoder, RecomputingDecoder, sample, window_start
+from perceiver_kernels.generation import (
+    CachedDecoder,
+    RecomputingDecoder,
+    pad_left,
+    sample,
+    window_start,
+)
 from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
 
 VOCAB = 19
@@ -202,9 +208,24 @@ def test_int32_prompt_and_progress(model, capsys):
     assert "Generating" in capsys.readouterr().out
 
 
+def test_prompts_of_any_lengths_in_one_batch(model):
+    """While the window holds all of each prompt, every one goes on as it would alone."""
+    prompts = [draw(9), (draw(1) + 3) % VOCAB, (draw(4) + 1) % VOCAB]
+    tokens, pad_mask = pad_left(prompts, token=7)
+    assert tokens.shape == pad_mask.shape == (3, 9)
+    got = model.generate(tokens, 12, pad_mask=pad_mask, temperature=0.0, num_latents=30)
+    for prompt, row in zip(prompts, got, strict=True):
+        want = model.generate(prompt[None], 12, temperature=0.0, num_latents=30)
+        assert torch.equal(row[9 - len(prompt) :], want[0])
+    with pytest.raises(
+        ValueError, match=r"prompts must be \(n,\) each with n at least 1, got \[\(3,\), \(0,\)\]"
+    ):
+        pad_left([draw(3), draw(0)])
+
+
 def test_positions_that_move_with_every_token_can_not_be_cached():
     model = build(position_origin="last")
-    with pytest.raises(ValueError, match="no key can be cached: generate with use_cache=False"):
+    with pytest.raises(ValueError, match="no key can be cached: use_cache=False"):
         model.generate(draw(1, 5), 3)
     assert model.generate(draw(1, 5), 3, use_cache=False).shape == (1, 8)
 

@@ -18,7 +18,7 @@ large one is faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,30 +36,27 @@ def window_start(length: int, num_latents: int, stride: int) -> int:
     return stride * -(-max(length - num_latents, 0) // stride)
 
 
-class CachedDecoder:
-    """Next-token logits of a growing batch of tokens; each call may add any number of columns."""
+class CachedInputs:
+    """Keys and values, at every cross-attention, of all columns so far; none of them is computed twice."""
 
-    def __init__(self, model: PerceiverAR, capacity: int, num_latents: int, stride: int) -> None:
+    def __init__(self, model: PerceiverAR, capacity: int) -> None:
         if model.config.position_origin == "last":
             raise ValueError(
                 "positions that count back from the last token move with every token, so no key can be "
-                "cached: generate with use_cache=False"
+                "cached: use_cache=False computes all of them again"
             )
-        self.model, self.num_latents, self.stride = model, num_latents, stride
-        self.start = self.end = 0  # columns of the latents that the layers' caches hold
-        self.several = model.config.latents_per_position
-        self.cross_caches = [KVCache(capacity) for _ in (model.cross, *model.later_crosses)]
-        self.caches = [KVCache(num_latents * self.several) for _ in model.blocks]
+        self.model = model
+        self.caches = [KVCache(capacity) for _ in (model.cross, *model.later_crosses)]
 
-    def __call__(self, tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        """(B, n) tokens, the whole sequence so far, and its padding to (B, vocab_size)."""
+    def read(
+        self, tokens: Tensor, num_latents: int, pad_mask: Tensor | None, layers: Sequence[KVCache | None]
+    ) -> Tensor:
+        """(B, n) tokens, the whole sequence so far, into the latents of its last ``num_latents`` columns.
+
+        ``layers`` are the caches of the layers above; they hold the latents before these, or are None.
+        """
         total = tokens.shape[1]
-        start = window_start(total, self.num_latents, self.stride)
-        if start != self.start:
-            self.start = self.end = start
-            for cache in self.caches:
-                cache.clear()
-        num_latents, num_inputs = total - self.end, total - self.cross_caches[0].length
+        num_inputs = total - self.caches[0].length
         rows = max(num_latents, num_inputs)
         positions = right_aligned_positions(rows, total, device=tokens.device)
         key_mask = None
@@ -67,7 +64,28 @@ class CachedDecoder:
             positions, key_mask = positions_from_padding(pad_mask)[:, total - rows :], ~pad_mask
         x = self.model.embed(tokens[:, total - rows :], positions)
         own, inputs = x[:, rows - num_latents :], x[:, rows - num_inputs :]
-        latents = self.model.read(own, inputs, positions, key_mask, [*self.cross_caches, *self.caches])
+        return self.model.read(own, inputs, positions, key_mask, [*self.caches, *layers])
+
+
+class CachedDecoder:
+    """Next-token logits of a growing batch of tokens; each call may add any number of columns."""
+
+    def __init__(self, model: PerceiverAR, capacity: int, num_latents: int, stride: int) -> None:
+        self.model, self.num_latents, self.stride = model, num_latents, stride
+        self.start = self.end = 0  # columns of the latents that the layers' caches hold
+        self.several = model.config.latents_per_position
+        self.inputs = CachedInputs(model, capacity)
+        self.layers = [KVCache(num_latents * self.several) for _ in model.blocks]
+
+    def __call__(self, tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """(B, n) tokens, the whole sequence so far, and its padding to (B, vocab_size)."""
+        total = tokens.shape[1]
+        start = window_start(total, self.num_latents, self.stride)
+        if start != self.start:
+            self.start = self.end = start
+            for cache in self.layers:
+                cache.clear()
+        latents = self.inputs.read(tokens, total - self.end, pad_mask, self.layers)
         self.end = total
         return self.model.logits(latents[:, -self.several :])[:, -1]
 
@@ -139,8 +157,8 @@ def generate(
         top_k: sample from the k most probable tokens (and ties of the last).
         top_p: sample from the fewest tokens that hold this much probability.
         eos: a sequence that draws this token is filled up with it.
-        pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths. The latents'
-            window counts columns, padding included.
+        pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths, see
+            :func:`pad_left`. The latents' window counts columns, padding included.
         num_latents: W of the window rule, see the module. None: the model's.
         stride: stride of the window rule, from 1 to W. None: W // 2 (at least 1).
         generator: source of randomness. None: torch's.
@@ -182,7 +200,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for n in _steps(length, total, progress):
+        for n in with_progress(range(length, total), progress, "Generating"):
             logits = decode(tokens[:, :n], None if pad_mask is None else pad_mask[:, :n])
             drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
@@ -195,6 +213,28 @@ def generate(
     finally:
         model.train(was_training)
     return tokens
+
+
+def pad_left(prompts: Sequence[Tensor], token: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths as one batch, for :func:`generate`.
+
+    Args:
+        prompts: tokens (n,) each, n at least 1.
+        token: what stands in the padding; nothing sees it.
+
+    Returns:
+        Tokens (B, longest) and their padding, bool (B, longest).
+    """
+    if not prompts or not all(prompt.dim() == 1 and len(prompt) for prompt in prompts):
+        shapes = [tuple(prompt.shape) for prompt in prompts]
+        raise ValueError(f"prompts must be (n,) each with n at least 1, got {shapes}")
+    longest = max(map(len, prompts))
+    tokens = prompts[0].new_full((len(prompts), longest), token)
+    pad_mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    for i, prompt in enumerate(prompts):
+        tokens[i, longest - len(prompt) :] = prompt
+        pad_mask[i, longest - len(prompt) :] = False
+    return tokens, pad_mask
 
 
 def _check_prompt(
@@ -222,9 +262,10 @@ def _check_prompt(
     return batch, length
 
 
-def _steps(begin: int, end: int, progress: bool) -> Iterable[int]:
+def with_progress(steps: Sequence[int], progress: bool, what: str) -> Iterable[int]:
+    """The steps, with a progress bar where wanted."""
     if not progress:
-        return range(begin, end)
+        return steps
     from rich.progress import track
 
-    return track(range(begin, end), description="Generating")
+    return track(steps, description=what)

@@ -24,6 +24,7 @@ from perceiver_kernels.models.config import PerceiverARConfig
 from perceiver_kernels.models.loss import next_token_loss, random_crop
 from perceiver_kernels.models.positions import fourier, initial_table, sinusoids, table_rows
 from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
+from perceiver_kernels.scoring import score
 from perceiver_kernels.streaming import Recomputed, Source
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
@@ -163,7 +164,7 @@ class PerceiverAR(nn.Module):
         Returns:
             (B, M, vocab_size).
         """
-        self._check(tokens, pad_mask)
+        self.check_tokens(tokens, pad_mask)
         slices = None if group is None else self._share(tokens, num_latents, pad_mask, group)
         total = tokens.shape[1] if slices is None else slices.total
         if not 1 <= total <= self.config.max_seq_len:
@@ -207,7 +208,7 @@ class PerceiverAR(nn.Module):
         Returns:
             A scalar.
         """
-        self._check(tokens, pad_mask)
+        self.check_tokens(tokens, pad_mask)
         config, length = self.config, tokens.shape[1] - 1
         if not 1 <= length <= config.max_seq_len:
             raise ValueError(
@@ -271,7 +272,7 @@ class PerceiverAR(nn.Module):
         inputs: Tensor | Source,
         positions: Tensor,
         key_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[KVCache | None] | None = None,
         slices: Slices | None = None,
     ) -> Tensor:
         """All layers up to the last norm: inputs (B, n, dim) into the latents of the last M positions.
@@ -280,8 +281,8 @@ class PerceiverAR(nn.Module):
             own: (B, M, dim), the embedded inputs at these positions, from which the latents start.
             inputs: all of them, own included, or a source of what stands before own.
             positions: (L,) or (B, L), L = max(M, n), right-aligned with the inputs like ``key_mask`` (B, N).
-            caches: one :class:`KVCache` for each cross-attention, then one for each layer: generation's way
-                in.
+            caches: one :class:`KVCache` (or None) for each cross-attention, then for each layer:
+                generation's way in.
             slices: that of :meth:`CrossAttention.attend`.
 
         Returns:
@@ -289,9 +290,8 @@ class PerceiverAR(nn.Module):
         """
         several, num_positions = self.config.latents_per_position, own.shape[1]
         crosses = (self.cross, *self.later_crosses)
-        found: Sequence[KVCache | None] = (
-            caches if caches is not None else [None] * (len(crosses) + len(self.blocks))
-        )
+        if caches is None:
+            caches = [None] * (len(crosses) + len(self.blocks))
 
         def cross(index: int, latents: Tensor) -> Tensor:
             return self._run(
@@ -302,7 +302,7 @@ class PerceiverAR(nn.Module):
                 per_position=several,
                 positions=positions,
                 key_mask=key_mask,
-                cache=found[index],
+                cache=caches[index],
                 slices=None if slices is None else slices.of_layer(index),
             )
 
@@ -319,7 +319,7 @@ class PerceiverAR(nn.Module):
         if self.training and self.config.latent_dropout > 0.0:
             kept = torch.rand(latents.shape[:2], device=latents.device) >= self.config.latent_dropout
         for i, block in enumerate(self.blocks):
-            cache = found[len(crosses) + i]
+            cache = caches[len(crosses) + i]
             seen = None
             if key_mask is not None:
                 stored = 0 if cache is None else cache.length // several
@@ -351,6 +351,10 @@ class PerceiverAR(nn.Module):
     def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """Prompt (B, n) to (B, n + max_new_tokens): :func:`perceiver_kernels.generation.generate`."""
         return generate(self, prompt, max_new_tokens, **options)
+
+    def score(self, tokens: Tensor, stride: int | None = None, **options: Any) -> Tensor:
+        """Log-probabilities of tokens (B, N) but the first: :func:`perceiver_kernels.scoring.score`."""
+        return score(self, tokens, stride, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, configuration and a digest into one safetensors file, all of it or nothing."""
@@ -413,7 +417,7 @@ class PerceiverAR(nn.Module):
             inputs = torch.cat((inputs, latents), dim=1) if isinstance(inputs, Tensor) else inputs
             return self.logits(self.read(latents, inputs, positions, key_mask, slices=prefix))
 
-    def _check(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
+    def check_tokens(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
         """Refuse what is not a batch of tokens."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")

@@ -3,5 +3,6 @@
 from perceiver_kernels.models.config import PerceiverARConfig
 from perceiver_kernels.models.perceiver_ar import PerceiverAR
 from perceiver_kernels.models.perceiver_io import Perceiver, PerceiverIO, PerceiverIOConfig
+from perceiver_kernels.models.presets import PRESETS
 
-__all__ = ["Perceiver", "PerceiverAR", "PerceiverARConfig", "PerceiverIO", "PerceiverIOConfig"]
+__all__ = ["PRESETS", "Perceiver", "PerceiverAR", "PerceiverARConfig", "PerceiverIO", "PerceiverIOConfig"]

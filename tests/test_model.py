@@ -353,8 +353,11 @@ def test_save_and_load(tmp_path, changes, dtype):
     assert torch.equal(model(tokens), loaded.eval()(tokens))
 
 
-def test_compiles_without_a_graph_break():
-    model, tokens = build().float(), draw(2, 40)
+@pytest.mark.parametrize(
+    "changes", [{}, {"cross_after": (0,), "latents_per_position": 2, "position_shape": (8, 8)}], ids=str
+)
+def test_compiles_without_a_graph_break(changes):
+    model, tokens = build(**changes).float(), draw(2, 40)
     torch.testing.assert_close(
         torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), model(tokens)
     )

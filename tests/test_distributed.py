@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import perceiver_kernels as pk
 from perceiver_kernels import collectives
-from perceiver_kernels.layers import kept_indices
+from perceiver_kernels.rows import kept_indices
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import seeded
 
+from perceiver_kernels.data import Images
 from perceiver_kernels.generation import (
     CachedDecoder,
     RecomputingDecoder,
@@ -221,6 +222,38 @@ def test_prompts_of_any_lengths_in_one_batch(model):
         ValueError, match=r"prompts must be \(n,\) each with n at least 1, got \[\(3,\), \(0,\)\]"
     ):
         pad_left([draw(3), draw(0)])
+
+
+def test_what_is_allowed_decides_what_is_drawn():
+    """An untrained model writes the rest of a picture that decodes: each place its own channel's values."""
+    images = Images(3, 4, 3, levels=6)
+    model = build(vocab_size=images.vocab_size, max_seq_len=images.longest, position_shape=images.shape)
+    allowed = images.allowed(images.longest)
+    prompt = images.encode(torch.randint(6, images.shape, dtype=torch.uint8))[:5].expand(2, 5)
+    rest = images.longest - 5
+    got = model.generate(prompt, rest, allowed=lambda tokens: allowed[tokens.shape[1]])
+    assert [images.decode(row).shape for row in got] == [(3, 4, 3)] * 2
+    with pytest.raises(ValueError, match=r"token .* may not stand at place"):
+        images.decode(model.generate(prompt, rest)[0])
+
+    def first_is_seven(tokens):
+        mask = torch.ones(2, images.vocab_size, dtype=torch.bool)
+        mask[0] = torch.arange(images.vocab_size) == 7
+        return mask
+
+    got = model.generate(prompt, 4, temperature=0.0, allowed=first_is_seven)
+    assert got[0, 5:].tolist() == [7] * 4
+    assert torch.equal(got[1], model.generate(prompt, 4, temperature=0.0)[1])
+    for wrong, message in (
+        (torch.zeros(18, dtype=torch.bool), "allowed must leave every example a token"),
+        (
+            torch.ones(17, dtype=torch.bool),
+            r"allowed must give bool \(18,\) or \(2, 18\), got torch.bool \(17,\)",
+        ),
+        (torch.ones(18), r"got torch.float32 \(18,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, 1, allowed=lambda tokens, wrong=wrong: wrong)
 
 
 def test_positions_that_move_with_every_token_can_not_be_cached():

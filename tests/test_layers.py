@@ -5,15 +5,10 @@ import torch
 from conftest import DEVICE
 from torch import nn
 
-from perceiver_kernels.layers import (
-    CrossAttention,
-    FeedForward,
-    KVCache,
-    SelfAttention,
-    gather_rows,
-    kept_indices,
-)
+from perceiver_kernels.kv_cache import KVCache
+from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
 from perceiver_kernels.rotary import apply_rotary, rotary_cos_sin
+from perceiver_kernels.rows import gather_rows, kept_indices
 
 DIM = 24
 

@@ -389,6 +389,20 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(streamed):
     assert kept[1] < kept[0] / 3
 
 
+def test_the_default_model_keeps_the_names_of_its_weights():
+    """Files of older versions load: what an option adds is there only where it is chosen."""
+    attention = [f"attention.{x}.weight" for x in ("norm", "q_proj", "k_proj", "v_proj", "out_proj")]
+    attention += ["attention.norm.bias"]
+    feed_forward = [f"feed_forward.{x}" for x in ("0.weight", "0.bias", "1.weight", "4.weight")]
+    names = {"token_embedding.weight", "norm.weight", "norm.bias", "head.weight"}
+    names |= {f"{block}.{x}" for block in ("cross", "blocks.0", "blocks.1") for x in attention + feed_forward}
+    names |= {f"cross.attention.kv_norm.{x}" for x in ("weight", "bias")}
+    assert set(PerceiverAR(CONFIG).state_dict()) == names
+    learned = PerceiverAR(dataclasses.replace(CONFIG, positions="learned", tie_embeddings=True)).state_dict()
+    assert set(learned) == names - {"head.weight"} | {"position_embedding.weight"}
+    assert learned["position_embedding.weight"].shape == (64, 32)
+
+
 def test_the_package_offers_it():
     assert pk.PerceiverAR is PerceiverAR
     assert pk.PerceiverARConfig is PerceiverARConfig
@@ -411,6 +425,9 @@ def test_the_package_offers_it():
             "positions must be one of sinusoidal, fourier, learned, none, got 'alibi'",
         ),
         ({"latents_per_position": 0}, ValueError, "latents_per_position must be at least 1, got 0"),
+        ({"cross_after": 1}, TypeError, "cross_after must be a tuple of ints, got 1"),
+        ({"cross_after": None}, TypeError, "cross_after must be a tuple of ints, got None"),
+        ({"position_shape": 64}, TypeError, "position_shape must be a tuple of ints, got 64"),
         ({"cross_after": (2,)}, ValueError, r"some of the 2 layers, from 0 on and in order, got \(2,\)"),
         ({"cross_after": (1, 0)}, ValueError, r"some of the 2 layers, from 0 on and in order, got \(1, 0\)"),
         ({"cross_after": (1, 1)}, ValueError, r"some of the 2 layers, from 0 on and in order, got \(1, 1\)"),

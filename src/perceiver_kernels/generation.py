@@ -18,13 +18,13 @@ large one is faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from perceiver_kernels.layers import KVCache
+from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    allowed: Callable[[Tensor], Tensor] | None = None,
     eos: int | None = None,
     pad_mask: Tensor | None = None,
     num_latents: int | None = None,
@@ -156,6 +157,8 @@ def generate(
         temperature: divides the logits; 0 is greedy.
         top_k: sample from the k most probable tokens (and ties of the last).
         top_p: sample from the fewest tokens that hold this much probability.
+        allowed: given the tokens so far (B, n), padding included, tells which may come next: bool
+            (vocab_size,) or (B, vocab_size). What :mod:`perceiver_kernels.data` says of a modality, for one.
         eos: a sequence that draws this token is filled up with it.
         pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths, see
             :func:`pad_left`. The latents' window counts columns, padding included.
@@ -202,6 +205,8 @@ def generate(
     try:
         for n in with_progress(range(length, total), progress, "Generating"):
             logits = decode(tokens[:, :n], None if pad_mask is None else pad_mask[:, :n])
+            if allowed is not None:
+                logits = logits.masked_fill(~_choices(allowed(tokens[:, :n]), logits), -torch.inf)
             drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
                 drawn = drawn.masked_fill(finished, eos)
@@ -260,6 +265,18 @@ def _check_prompt(
         if bool((pad_mask[:, 1:] & ~pad_mask[:, :-1]).any()) or bool(pad_mask[:, -1].any()):
             raise ValueError("prompts must be padded on the left only, and hold at least one token each")
     return batch, length
+
+
+def _choices(allowed: Tensor, logits: Tensor) -> Tensor:
+    """What ``allowed`` gave, if every row of the logits (B, vocab_size) has a token left."""
+    if allowed.dtype != torch.bool or allowed.shape not in (logits.shape, logits.shape[1:]):
+        raise ValueError(
+            f"allowed must give bool {tuple(logits.shape[1:])} or {tuple(logits.shape)}, "
+            f"got {allowed.dtype} {tuple(allowed.shape)}"
+        )
+    if not allowed.any(dim=-1).all():
+        raise ValueError("allowed must leave every example a token that may come next, got none")
+    return allowed.to(logits.device)
 
 
 def with_progress(steps: Sequence[int], progress: bool, what: str) -> Iterable[int]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_kernels.attention import perceiver_attention
+from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
+from perceiver_kernels.rows import gather_rows, kept_indices, rows_at
 from perceiver_kernels.streaming import (
     CHUNK_SIZE,
     Array,
@@ -36,60 +38,6 @@ Rotary = tuple[Tensor, Tensor]
 def _apart(slices: Slices | None, device: torch.device) -> AbstractContextManager[None]:
     """In context parallel each rank's own random numbers, which its part of the prefix needs."""
     return nullcontext() if slices is None else slices.randomness("prefix", device)
-
-
-class KVCache:
-    """Keys (already rotated) and values of the inputs seen so far, in buffers of a fixed capacity.
-
-    ``append`` returns views of everything stored, (B, Hkv, length, D) and (B, Hkv, length, Dv). For
-    inference: the buffers are overwritten in place, so no gradient flows through them.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: list[Tensor] = []
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, n, D) and (B, Hkv, n, Dv) after what is there, on the first call's device."""
-        begin, self.length = self.length, self.length + key.shape[2]
-        if self.length > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, which is less than {self.length}")
-        if not self._buffers:
-            self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key, value)]
-        for buffer, new in zip(self._buffers, (key, value), strict=True):
-            buffer[:, :, begin : self.length] = new
-        stored_key, stored_value = (buffer[:, :, : self.length] for buffer in self._buffers)
-        return stored_key, stored_value
-
-    def clear(self) -> None:
-        """Forget the contents, keep the buffers."""
-        self.length = 0
-
-
-def kept_indices(batch: int, length: int, p: float, device: torch.device) -> Tensor:
-    """The prefix positions that survive prefix dropout: int64 (batch, length - int(length * p)), ascending.
-
-    Each example keeps its own uniformly random subset of exactly that size (Perceiver AR's cross-attend
-    dropout). The draw is that of perceiver-ar-pytorch: the same torch seed keeps the same positions.
-    """
-    keep = length - int(length * p)
-    return torch.rand(batch, length, device=device).topk(keep, dim=-1).indices.sort(dim=-1).values
-
-
-def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows ``indices`` (B, K) of each example of ``x`` (B, N, ...): (B, K, ...)."""
-    batch, length = x.shape[:2]
-    # Whole rows of a flat view: a quarter of the time of x[examples, indices], whose CPU backward is serial.
-    flat = indices + torch.arange(batch, device=indices.device).unsqueeze(-1) * length
-    return torch.unflatten(x.flatten(0, 1).index_select(0, flat.flatten()), 0, indices.shape)
-
-
-def _rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """Rows of a table (N, R) or (B, N, R) at places (n,), the same for every example, or (B, n)."""
-    if table.dim() == 2:
-        return table[places]
-    return gather_rows(table, places) if places.dim() == 2 else table[:, places]
 
 
 class CrossAttention(nn.Module):
@@ -309,10 +257,10 @@ class CrossAttention(nn.Module):
             """cos and sin of the keys from ``begin`` to ``end - 1``."""
             places = torch.arange(begin, end, device=device) if kept is None else kept[:, begin:end]
             if rotary is not None:
-                cos, sin = (_rows_at(t, places) for t in rotary)
+                cos, sin = (rows_at(t, places) for t in rotary)
                 return cos, sin
             if positions is not None:
-                places = _rows_at(positions.unsqueeze(-1), places).squeeze(-1)
+                places = rows_at(positions.unsqueeze(-1), places).squeeze(-1)
             return self.rotary(places, latents.dtype)
 
         norm = self.norm if self.kv_norm is None else self.kv_norm

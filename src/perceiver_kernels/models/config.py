@@ -118,7 +118,12 @@ class PerceiverARConfig:
             )
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
-        object.__setattr__(self, "cross_after", tuple(self.cross_after))  # JSON knows lists only
+        for name in ("cross_after", "position_shape"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # JSON knows no tuples
+                object.__setattr__(self, name, tuple(value))
+            elif not isinstance(value, tuple) and (name, value) != ("position_shape", None):
+                raise TypeError(f"{name} must be a tuple of ints, got {value!r}")
         if list(self.cross_after) != [layer for layer in range(self.depth) if layer in self.cross_after]:
             raise ValueError(
                 f"cross_after must name some of the {self.depth} layers, from 0 on and in order, "
@@ -156,8 +161,7 @@ class PerceiverARConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.position_shape is not None:
-            shape = tuple(self.position_shape)
-            object.__setattr__(self, "position_shape", shape)
+            shape = self.position_shape
             if not all(isinstance(size, int) and size >= 1 for size in shape):
                 raise ValueError(f"position_shape must be positive ints, got {shape}")
             if math.prod(shape) < self.max_seq_len:

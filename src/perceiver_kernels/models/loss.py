@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_kernels.layers import gather_rows
+from perceiver_kernels.rows import gather_rows
 
 
 def next_token_loss(
@@ -59,9 +59,9 @@ def random_crop(tokens: Tensor, pad_mask: Tensor | None, shortest: int) -> tuple
         Tokens (B, longest) and their padding, None where there is none. The draw is torch's on the CPU.
     """
     batch, length = tokens.shape
-    cut = torch.randint(max(length - shortest, 0) + 1, (batch,))
+    cut = torch.randint(max(length - shortest, 0) + 1, (batch,), device="cpu")
     longest = length - int(cut.min())
-    columns = torch.arange(longest) + (length - longest) - cut.unsqueeze(-1)
+    columns = torch.arange(length - longest, length, device="cpu") - cut.unsqueeze(-1)
     begins_late = columns < 0
     columns = columns.clamp(min=0).to(tokens.device)
     if pad_mask is None and not begins_late.any():

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels.generation import generate
-from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention
+from perceiver_kernels.kv_cache import KVCache
+from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
 from perceiver_kernels.models.checkpoint import check_state, read_model, write_model
 from perceiver_kernels.models.config import PerceiverARConfig
 from perceiver_kernels.models.loss import next_token_loss, random_crop

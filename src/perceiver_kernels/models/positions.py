@@ -69,12 +69,13 @@ def fourier_features(positions: Tensor, sizes: tuple[int, ...], bands: int) -> T
     """
     if positions.shape[-1] != len(sizes):
         raise ValueError(f"positions must be (..., {len(sizes)}), got {tuple(positions.shape)}")
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64  # mps has none
     features = []
     for axis, size in enumerate(sizes):
-        place = 2 * positions[..., axis].float() / max(size - 1, 1) - 1
-        frequencies = torch.linspace(1.0, size / 2, bands, device=positions.device)
-        angles = math.pi * place.unsqueeze(-1) * frequencies
-        features += [place.unsqueeze(-1), angles.sin(), angles.cos()]
+        place = (2 * positions[..., axis].to(wide) / max(size - 1, 1) - 1).unsqueeze(-1)
+        turns = place * torch.linspace(0.5, size / 4, bands, device=positions.device, dtype=wide)
+        angles = ((turns - turns.round()) * (2 * math.pi)).float()
+        features += [place.float(), angles.sin(), angles.cos()]
     return torch.cat(features, dim=-1)
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from perceiver_kernels.cli.machine import provenance
 from perceiver_kernels.cli.report import Result, out, progress, write_json
 from perceiver_kernels.models import Perceiver, PerceiverIO, PerceiverIOConfig
-from perceiver_kernels.models.perceiver_io import fourier_features
+from perceiver_kernels.models.positions import fourier_features
 
 SIDE, CLASSES, BANDS, HELD_OUT = 8, 10, 4, 450
 

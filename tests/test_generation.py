@@ -4,7 +4,14 @@ import pytest
 import torch
 from conftest import seeded
 
-from perceiver_kernels.generation import CachedDecoder, RecomputingDecoder, sample, window_start
+from perceiver_kernels.data import Images
+from perceiver_kernels.generation import (
+    CachedDecoder,
+    RecomputingDecoder,
+    pad_left,
+    sample,
+    window_start,
+)
 from perceiver_kernels.models import PerceiverAR, PerceiverARConfig
 
 VOCAB = 19
@@ -19,23 +26,33 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["sinusoidal", "learned"])
-def model(request):
+MODELS = [
+    {},
+    {"positions": "learned", "position_shape": (4, 5, 3), "cross_after": (0,)},
+    {"positions": "fourier", "latents_per_position": 2, "cross_after": (1,), "rotary_heads": 0.5},
+]
+
+
+def build(**changes):
     torch.manual_seed(0)
-    config = PerceiverARConfig(
-        vocab_size=VOCAB,
-        dim=32,
-        depth=2,
-        num_heads=4,
-        num_kv_heads=2,
-        max_seq_len=60,
-        num_latents=8,
-        ff_mult=2,
-        positions=request.param,
-        prefix_dropout=0.5,
-        dropout=0.1,
-    )
-    return PerceiverAR(config).double().eval()
+    options = {
+        "vocab_size": VOCAB,
+        "dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "max_seq_len": 60,
+        "num_latents": 8,
+        "ff_mult": 2,
+        "prefix_dropout": 0.5,
+        "dropout": 0.1,
+    }
+    return PerceiverAR(PerceiverARConfig(**options | changes)).double().eval()
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def model(request):
+    return build(**request.param)
 
 
 def draw(*shape):
@@ -107,7 +124,8 @@ def test_cache_does_the_work_once(model):
     for hook in hooks:
         hook.remove()
     assert rows == [20] + [1] * 8
-    assert latents == [8, 5, 1, 1, 1, 5, 1, 1, 1]
+    each = model.config.latents_per_position
+    assert latents == [each * n for n in (8, 5, 1, 1, 1, 5, 1, 1, 1)]
     assert embedded == [20, 5, 1, 1, 1, 5, 1, 1, 1]
 
 
@@ -189,6 +207,60 @@ def test_int32_prompt_and_progress(model, capsys):
     assert got.dtype == torch.int32
     assert torch.equal(got.long(), model.generate(prompt.long(), 4, temperature=0.0))
     assert "Generating" in capsys.readouterr().out
+
+
+def test_prompts_of_any_lengths_in_one_batch(model):
+    """While the window holds all of each prompt, every one goes on as it would alone."""
+    prompts = [draw(9), (draw(1) + 3) % VOCAB, (draw(4) + 1) % VOCAB]
+    tokens, pad_mask = pad_left(prompts, token=7)
+    assert tokens.shape == pad_mask.shape == (3, 9)
+    got = model.generate(tokens, 12, pad_mask=pad_mask, temperature=0.0, num_latents=30)
+    for prompt, row in zip(prompts, got, strict=True):
+        want = model.generate(prompt[None], 12, temperature=0.0, num_latents=30)
+        assert torch.equal(row[9 - len(prompt) :], want[0])
+    with pytest.raises(
+        ValueError, match=r"prompts must be \(n,\) each with n at least 1, got \[\(3,\), \(0,\)\]"
+    ):
+        pad_left([draw(3), draw(0)])
+
+
+def test_what_is_allowed_decides_what_is_drawn():
+    """An untrained model writes the rest of a picture that decodes: each place its own channel's values."""
+    images = Images(3, 4, 3, levels=6)
+    model = build(vocab_size=images.vocab_size, max_seq_len=images.longest, position_shape=images.shape)
+    allowed = images.allowed(images.longest)
+    prompt = images.encode(torch.randint(6, images.shape, dtype=torch.uint8))[:5].expand(2, 5)
+    rest = images.longest - 5
+    got = model.generate(prompt, rest, allowed=lambda tokens: allowed[tokens.shape[1]])
+    assert [images.decode(row).shape for row in got] == [(3, 4, 3)] * 2
+    with pytest.raises(ValueError, match=r"token .* may not stand at place"):
+        images.decode(model.generate(prompt, rest)[0])
+
+    def first_is_seven(tokens):
+        mask = torch.ones(2, images.vocab_size, dtype=torch.bool)
+        mask[0] = torch.arange(images.vocab_size) == 7
+        return mask
+
+    got = model.generate(prompt, 4, temperature=0.0, allowed=first_is_seven)
+    assert got[0, 5:].tolist() == [7] * 4
+    assert torch.equal(got[1], model.generate(prompt, 4, temperature=0.0)[1])
+    for wrong, message in (
+        (torch.zeros(18, dtype=torch.bool), "allowed must leave every example a token"),
+        (
+            torch.ones(17, dtype=torch.bool),
+            r"allowed must give bool \(18,\) or \(2, 18\), got torch.bool \(17,\)",
+        ),
+        (torch.ones(18), r"got torch.float32 \(18,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, 1, allowed=lambda tokens, wrong=wrong: wrong)
+
+
+def test_positions_that_move_with_every_token_can_not_be_cached():
+    model = build(position_origin="last")
+    with pytest.raises(ValueError, match="no key can be cached: use_cache=False"):
+        model.generate(draw(1, 5), 3)
+    assert model.generate(draw(1, 5), 3, use_cache=False).shape == (1, 8)
 
 
 # Sampling

@@ -56,7 +56,15 @@ def turn(x, positions, fraction):
     return np.concatenate((turned, x[..., 2 * pairs :]), -1)
 
 
-def plain(params, tokens, latents, fraction=0.25, sign=1, activation=lambda x: np.maximum(x, 0) ** 2):
+def plain(
+    params,
+    tokens,
+    latents,
+    fraction=0.25,
+    turned_heads=1.0,
+    sign=1,
+    activation=lambda x: np.maximum(x, 0) ** 2,
+):
     """One example (N,) without padding to (M, vocabulary), in float64."""
 
     def apply(path, x):
@@ -75,7 +83,11 @@ def plain(params, tokens, latents, fraction=0.25, sign=1, activation=lambda x: n
             for suffix, x in (("", queries), ("_1", keys), ("_2", keys))
         )
         at_q, at_k = (sign * np.arange(x.shape[1] - 1, -1, -1.0) for x in (q, k))
-        scores = turn(q, at_q, fraction) @ turn(k, at_k, fraction).swapaxes(1, 2) / q.shape[-1] ** 0.5
+        turning = int(turned_heads * heads)
+        q, k = (
+            np.concatenate((turn(x[:turning], at, fraction), x[turning:])) for x, at in ((q, at_q), (k, at_k))
+        )
+        scores = q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5
         scores = np.where(at_k * sign >= (at_q * sign)[:, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(len(z), -1)
@@ -106,10 +118,11 @@ def tokens(batch=2):
     [
         ({}, {}),
         ({"fraction_to_rotate": 1.0}, {"fraction": 1.0}),
+        ({"fraction_heads_to_rotate": 0.7}, {"turned_heads": 0.7}),
         ({"use_negative_rotary_positions": True}, {"sign": -1}),
         ({"activation_name": "gelu"}, {"activation": gelu}),
     ],
-    ids=["", "all_channels", "negative", "gelu"],
+    ids=["", "all_channels", "some_heads", "negative", "gelu"],
 )
 def test_logits(options, formula):
     params, x = tree(), tokens()

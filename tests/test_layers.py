@@ -5,20 +5,15 @@ import torch
 from conftest import DEVICE
 from torch import nn
 
-from perceiver_kernels.layers import (
-    CrossAttention,
-    FeedForward,
-    KVCache,
-    SelfAttention,
-    gather_rows,
-    kept_indices,
-)
+from perceiver_kernels.kv_cache import KVCache
+from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
 from perceiver_kernels.rotary import apply_rotary, rotary_cos_sin
+from perceiver_kernels.rows import gather_rows, kept_indices
 
 DIM = 24
 
 
-def plain_attention(layer, latents, inputs, cos, sin, key_mask=None):
+def plain_attention(layer, latents, inputs, cos, sin, key_mask=None, rotary_heads=1.0):
     """The layer's formula, one head and one query at a time."""
     batch, num_latents, _ = latents.shape
     total = inputs.shape[1]
@@ -27,8 +22,13 @@ def plain_attention(layer, latents, inputs, cos, sin, key_mask=None):
     q = layer.q_proj(queries).view(batch, num_latents, layer.num_heads, -1)
     k = layer.k_proj(context).view(batch, total, layer.num_kv_heads, -1)
     v = layer.v_proj(context).view(batch, total, layer.num_kv_heads, -1)
-    q = apply_rotary(q, cos[..., -num_latents:, :], sin[..., -num_latents:, :], layout=layer.rotary_layout)
-    k = apply_rotary(k, cos, sin, layout=layer.rotary_layout)
+    turned_q = apply_rotary(
+        q, cos[..., -num_latents:, :], sin[..., -num_latents:, :], layout=layer.rotary_layout
+    )
+    turned_k = apply_rotary(k, cos, sin, layout=layer.rotary_layout)
+    group, turning = layer.num_heads // layer.num_kv_heads, int(layer.num_kv_heads * rotary_heads)
+    q = torch.stack([(turned_q if h // group < turning else q)[:, :, h] for h in range(layer.num_heads)], 2)
+    k = torch.stack([(turned_k if h < turning else k)[:, :, h] for h in range(layer.num_kv_heads)], 2)
     rows = []
     for b in range(batch):
         for i in range(num_latents):
@@ -69,6 +69,7 @@ VARIANTS = [
     {"num_heads": 4, "num_kv_heads": 1, "head_dim": 7, "value_dim": 10, "rotary_fraction": 0.9},
     {"num_heads": 3, "rotary_layout": "interleaved", "rotary_fraction": 1.0, "rotary_base": 100.0},
     {"num_heads": 2, "rotary_fraction": 0.0, "softcap": 3.0, "scale": 0.7},
+    {"num_heads": 6, "num_kv_heads": 3, "rotary_heads": 0.4, "rotary_endpoint": True},
 ]
 
 
@@ -83,7 +84,15 @@ def test_cross_attention_is_the_formula(options, prefix_length):
     for mask, at in ((None, None), (key_mask, None), (None, positions), (key_mask, positions[0])):
         angles = torch.arange(prefix_length + 4) if at is None else at
         cos, sin = layer.rotary(angles, torch.float64)
-        want = plain_attention(layer, latents, torch.cat((prefix, latents), 1), cos, sin, mask)
+        want = plain_attention(
+            layer,
+            latents,
+            torch.cat((prefix, latents), 1),
+            cos,
+            sin,
+            mask,
+            rotary_heads=options.get("rotary_heads", 1.0),
+        )
         got = layer(latents, prefix, key_mask=mask, positions=at)
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(
@@ -295,6 +304,17 @@ def test_feed_forward():
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(layer(x), nn.functional.gelu(normed @ up.T) @ down.T)
 
+    layer = FeedForward(6, mult=2.5, activation="squared_relu").double()
+    up, down = layer[1].weight, layer[4].weight
+    torch.testing.assert_close(layer(x), (normed @ up.T).clamp(min=0) ** 2 @ down.T)
+
+    layer = FeedForward(6, mult=2.5, activation="geglu").double()
+    up, gate, down = layer[1].weight[:15], layer[1].weight[15:], layer[4].weight
+    torch.testing.assert_close(layer(x), (normed @ up.T * nn.functional.gelu(normed @ gate.T)) @ down.T)
+
+    with pytest.raises(ValueError, match="activation must be one of gelu, squared_relu, geglu, got 'swiglu'"):
+        FeedForward(6, activation="swiglu")
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -306,6 +326,7 @@ def test_feed_forward():
         ({"num_heads": 2, "head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"num_heads": 2, "value_dim": 0}, "value_dim must be at least 1, got 0"),
         ({"num_heads": 2, "rotary_fraction": 1.5}, r"rotary_fraction must be in \[0, 1\], got 1.5"),
+        ({"num_heads": 2, "rotary_heads": -0.1}, r"rotary_heads must be in \[0, 1\], got -0.1"),
         (
             {"num_heads": 2, "rotary_layout": "neox"},
             "rotary_layout must be one of half, interleaved, got 'neox'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_kernels.models import Perceiver, PerceiverIO, PerceiverIOConfig
-from perceiver_kernels.models.perceiver_io import Block, Encoder, fourier_features
+from perceiver_kernels.models.perceiver_io import Block, Encoder
+from perceiver_kernels.models.positions import fourier_features
 
 CONFIG = PerceiverIOConfig(
     input_dim=5, output_dim=3, dim=16, num_latents=4, depth=2, num_heads=4, num_cross_heads=2, query_dim=6
@@ -117,6 +119,16 @@ def test_fourier_features_by_hand() -> None:
             line += [p, *(angle.sin() for angle in angles), *(angle.cos() for angle in angles)]
         want.append(torch.stack(line))
     torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-5)
+
+
+def test_fourier_features_of_distant_positions() -> None:
+    """The highest band of a long axis: alternating cosines, which float32 angles would miss by 0.01."""
+    size = 2**17
+    got = fourier_features(torch.tensor([[size - 3], [size - 2]]), (size,), bands=3).double()
+    for row, place in zip(got, (size - 3, size - 2), strict=True):
+        p = 2 * place / (size - 1) - 1
+        want = [math.sin(math.pi * p * f) for f in (1, (1 + size / 2) / 2, size / 2)]
+        torch.testing.assert_close(row[1:4], torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 BAD = [

@@ -77,6 +77,20 @@ def test_angles_of_distant_positions(position):
         assert abs(sin[0, i] - math.sin(angle)) < 1e-6
 
 
+@pytest.mark.parametrize(("endpoint", "longest"), [(False, 1000.0 ** (3 / 4)), (True, 1000.0)])
+def test_longest_wavelength(endpoint, longest):
+    """2 pi times ``longest``: after half of it the slowest pair points the other way."""
+    half = torch.tensor([math.pi * longest], dtype=torch.float64)
+    cos, _ = rotary_cos_sin(half, 8, base=1000.0, endpoint=endpoint, dtype=torch.float64)
+    assert (cos[0, -1] + 1).abs() < 1e-12
+
+
+def test_a_single_pair_turns_by_its_position_with_and_without_the_endpoint():
+    for endpoint in (False, True):
+        cos, _ = rotary_cos_sin(torch.tensor([2]), 2, endpoint=endpoint)
+        assert abs(cos.item() - math.cos(2)) < 1e-6
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients(layout):
     torch.manual_seed(0)

@@ -367,6 +367,9 @@ MODELS: list[dict[str, Any]] = [
     {},
     {"positions": "learned", "prefix_dropout": 0.5, "num_kv_heads": 2},
     {"positions": "none", "tie_embeddings": True, "attention_dropout": 0.3},
+    {"positions": "learned", "position_shape": (4, 8, 2), "position_origin": "last", "prefix_dropout": 0.4},
+    {"cross_after": (0, 1), "depth": 2, "prefix_dropout": 0.4, "latent_dropout": 0.3},
+    {"latents_per_position": 2, "cross_after": (0,), "num_kv_heads": 2, "attention_dropout": 0.3},
 ]
 
 

@@ -13,6 +13,7 @@ package = pytest.importorskip(
 from perceiver_ar_pytorch.perceiver_ar_pytorch import CausalAttention, CausalPrefixAttention  # noqa: E402
 
 from perceiver_kernels.integrations.perceiver_ar_pytorch import swap, unswap  # noqa: E402
+from perceiver_kernels.models import PerceiverAR, PerceiverARConfig  # noqa: E402
 
 PREFIX = 37
 
@@ -155,3 +156,82 @@ def test_saves_no_tensor_of_size_m_by_n_and_a_fraction_of_the_memory():
     ours, largest = kept(swap(module))
     assert largest < 4 * latents * (latents + prefix)
     assert ours < original / 4
+
+
+def renamed(theirs):
+    """Their tensors by name, weights or gradients, under the names of our PerceiverAR."""
+    names = {"token_emb": "token_embedding", "pos_emb": "position_embedding", "to_logits": "head"}
+    parts = {"norm": "norm", "context_norm": "kv_norm", "to_q": "q_proj", "to_out": "out_proj"}
+    splits = {"to_kv": ("k_proj", "v_proj"), "to_qkv": ("q_proj", "k_proj", "v_proj")}
+    ours = {}
+    for name, tensor in theirs.items():
+        *path, last = name.split(".")
+        if path[0] in names:
+            ours[f"{names[path[0]]}.{last}"] = tensor
+            continue
+        block = "cross" if path[0] == "perceive_layers" else f"blocks.{path[1]}"
+        if path[2] == "1":
+            ours[f"{block}.feed_forward.{path[3]}.{last}"] = tensor
+        elif path[3] in splits:
+            chunks = tensor.chunk(len(splits[path[3]]))
+            for part, chunk in zip(splits[path[3]], chunks, strict=True):
+                ours[f"{block}.attention.{part}.{last}"] = chunk
+        else:
+            ours[f"{block}.attention.{parts[path[3]]}.{last}"] = tensor
+    return ours
+
+
+@pytest.mark.parametrize(("streamed", "masked"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_our_own_model_on_converted_weights(streamed, masked, dropout):
+    """Logits and every gradient, where the two architectures meet.
+
+    Theirs has no last norm, and a bias after the cross-attention. Its keys have a norm in the prefix and
+    another in the latents; ours have one, so that a key stays what it is when a latent becomes prefix: the
+    two meet where theirs are alike, and then ours gets the sum of their gradients.
+    """
+    theirs = build(cross_attn_dropout=dropout).double()
+    frequencies = 10_000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
+    theirs.rotary_pos_emb.inv_freq = frequencies  # theirs were rounded to float32
+    cross = theirs.perceive_layers[0][0]
+    cross.context_norm.load_state_dict(cross.norm.state_dict())
+    sizes = {"vocab_size": 29, "dim": 48, "depth": 2, "num_heads": 3, "head_dim": 64, "ff_mult": 2}
+    config = PerceiverARConfig(
+        **sizes,
+        max_seq_len=96,
+        num_latents=96 - PREFIX,
+        positions="learned",
+        rotary_fraction=0.5,
+        prefix_dropout=dropout,
+        streamed=streamed,
+        chunk_size=7,
+    )
+    ours = PerceiverAR(config).double()
+    ours.norm = torch.nn.Identity()
+    ours.cross.attention.out_proj = torch.nn.Linear(192, 48, dtype=torch.float64)
+    ours.load_state_dict(renamed(dict(theirs.named_parameters())))
+
+    tokens = torch.randint(0, 29, (3, 61), generator=seeded(3))
+    mask = torch.rand(3, PREFIX, generator=seeded(4)) < 0.6 if masked else None
+    want = run(theirs, tokens, mask)
+    wanted_logits, want = want.pop("logits"), renamed(want)
+
+    def call(tokens, prefix_mask):
+        if prefix_mask is None:
+            return ours(tokens, num_latents=61 - PREFIX)
+        # Their masks may have holes and leave positions as they are, which is more than padding.
+        places = torch.arange(61)
+        inputs = ours.embed(tokens, places)
+        key_mask = torch.cat((prefix_mask, torch.ones(3, 61 - PREFIX, dtype=torch.bool)), dim=1)
+        return ours.logits(ours.read(inputs[:, PREFIX:], inputs, places, key_mask))
+
+    call.zero_grad, call.named_parameters = ours.zero_grad, ours.named_parameters
+    got = run(call, tokens, mask)
+    assert error(got.pop("logits"), wanted_logits) < 1e-12
+    for tensors in (got, want):
+        for x in ("weight", "bias"):
+            norm = tensors.pop(f"cross.attention.kv_norm.{x}")
+            tensors[f"cross.attention.norm.{x}"] = tensors[f"cross.attention.norm.{x}"] + norm
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert error(got[name], gradient) < 1e-12, name

@@ -215,6 +215,10 @@ class Slices:
         """The slices after the last rank has taken in ``more`` positions."""
         return replace(self, lengths=(*self.lengths[:-1], self.lengths[-1] + more))
 
+    def of_layer(self, index: int) -> Slices:
+        """The slices for the model's cross-attention of this index, which draws for itself."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
+
     def first(self, total: int) -> Slices:
         """What of the slices lies within the first ``total`` positions."""
         ends = [min(end, total) for end in accumulate(self.lengths, initial=0)]

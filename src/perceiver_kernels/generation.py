@@ -9,7 +9,7 @@ W is ``num_latents``. So the window grows to W latents, then drops its oldest ``
 again; it holds more than ``W - stride`` and at most W latents. It depends on n alone, so generating 20
 tokens is generating 10 and then 10 more, and it is the same with and without the cache.
 
-**The cache.** A key and value of the cross-attention depends on its own token and position only, so they are
+**The cache.** A key and value of a cross-attention depends on its own token and position only, so they are
 cached for all positions and never recomputed. The latents attend to one another, so while the window grows
 each step adds one latent to the layers' caches, and when it moves its latents are computed anew, over the
 cached cross-attention: once in ``stride`` steps. A small stride is closer to a full window at every step, a
@@ -18,13 +18,13 @@ large one is faster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from perceiver_kernels.layers import KVCache
+from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
 
 if TYPE_CHECKING:
@@ -36,14 +36,46 @@ def window_start(length: int, num_latents: int, stride: int) -> int:
     return stride * -(-max(length - num_latents, 0) // stride)
 
 
+class CachedInputs:
+    """Keys and values, at every cross-attention, of all columns so far; none of them is computed twice."""
+
+    def __init__(self, model: PerceiverAR, capacity: int) -> None:
+        if model.config.position_origin == "last":
+            raise ValueError(
+                "positions that count back from the last token move with every token, so no key can be "
+                "cached: use_cache=False computes all of them again"
+            )
+        self.model = model
+        self.caches = [KVCache(capacity) for _ in (model.cross, *model.later_crosses)]
+
+    def read(
+        self, tokens: Tensor, num_latents: int, pad_mask: Tensor | None, layers: Sequence[KVCache | None]
+    ) -> Tensor:
+        """(B, n) tokens, the whole sequence so far, into the latents of its last ``num_latents`` columns.
+
+        ``layers`` are the caches of the layers above; they hold the latents before these, or are None.
+        """
+        total = tokens.shape[1]
+        num_inputs = total - self.caches[0].length
+        rows = max(num_latents, num_inputs)
+        positions = right_aligned_positions(rows, total, device=tokens.device)
+        key_mask = None
+        if pad_mask is not None:
+            positions, key_mask = positions_from_padding(pad_mask)[:, total - rows :], ~pad_mask
+        x = self.model.embed(tokens[:, total - rows :], positions)
+        own, inputs = x[:, rows - num_latents :], x[:, rows - num_inputs :]
+        return self.model.read(own, inputs, positions, key_mask, [*self.caches, *layers])
+
+
 class CachedDecoder:
     """Next-token logits of a growing batch of tokens; each call may add any number of columns."""
 
     def __init__(self, model: PerceiverAR, capacity: int, num_latents: int, stride: int) -> None:
         self.model, self.num_latents, self.stride = model, num_latents, stride
         self.start = self.end = 0  # columns of the latents that the layers' caches hold
-        self.cross_cache = KVCache(capacity)
-        self.caches = [KVCache(num_latents) for _ in model.blocks]
+        self.several = model.config.latents_per_position
+        self.inputs = CachedInputs(model, capacity)
+        self.layers = [KVCache(num_latents * self.several) for _ in model.blocks]
 
     def __call__(self, tokens: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """(B, n) tokens, the whole sequence so far, and its padding to (B, vocab_size)."""
@@ -51,19 +83,11 @@ class CachedDecoder:
         start = window_start(total, self.num_latents, self.stride)
         if start != self.start:
             self.start = self.end = start
-            for cache in self.caches:
+            for cache in self.layers:
                 cache.clear()
-        num_latents, num_inputs = total - self.end, total - self.cross_cache.length
-        rows = max(num_latents, num_inputs)
-        positions = right_aligned_positions(rows, total, device=tokens.device)
-        key_mask = None
-        if pad_mask is not None:
-            positions, key_mask = positions_from_padding(pad_mask)[:, total - rows :], ~pad_mask
-        x = self.model.embed(tokens[:, total - rows :], positions)
-        latents, inputs = x[:, rows - num_latents :], x[:, rows - num_inputs :]
-        latents = self.model.read(latents, inputs, positions, key_mask, [self.cross_cache, *self.caches])
+        latents = self.inputs.read(tokens, total - self.end, pad_mask, self.layers)
         self.end = total
-        return self.model.logits(latents[:, -1])
+        return self.model.logits(latents[:, -self.several :])[:, -1]
 
 
 class RecomputingDecoder:
@@ -114,6 +138,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    allowed: Callable[[Tensor], Tensor] | None = None,
     eos: int | None = None,
     pad_mask: Tensor | None = None,
     num_latents: int | None = None,
@@ -132,9 +157,11 @@ def generate(
         temperature: divides the logits; 0 is greedy.
         top_k: sample from the k most probable tokens (and ties of the last).
         top_p: sample from the fewest tokens that hold this much probability.
+        allowed: given the tokens so far (B, n), padding included, tells which may come next: bool
+            (vocab_size,) or (B, vocab_size). What :mod:`perceiver_kernels.data` says of a modality, for one.
         eos: a sequence that draws this token is filled up with it.
-        pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths. The latents'
-            window counts columns, padding included.
+        pad_mask: bool (B, n), True = padding, on the left only: prompts of different lengths, see
+            :func:`pad_left`. The latents' window counts columns, padding included.
         num_latents: W of the window rule, see the module. None: the model's.
         stride: stride of the window rule, from 1 to W. None: W // 2 (at least 1).
         generator: source of randomness. None: torch's.
@@ -176,8 +203,10 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for n in _steps(length, total, progress):
+        for n in with_progress(range(length, total), progress, "Generating"):
             logits = decode(tokens[:, :n], None if pad_mask is None else pad_mask[:, :n])
+            if allowed is not None:
+                logits = logits.masked_fill(~_choices(allowed(tokens[:, :n]), logits), -torch.inf)
             drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
                 drawn = drawn.masked_fill(finished, eos)
@@ -189,6 +218,28 @@ def generate(
     finally:
         model.train(was_training)
     return tokens
+
+
+def pad_left(prompts: Sequence[Tensor], token: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths as one batch, for :func:`generate`.
+
+    Args:
+        prompts: tokens (n,) each, n at least 1.
+        token: what stands in the padding; nothing sees it.
+
+    Returns:
+        Tokens (B, longest) and their padding, bool (B, longest).
+    """
+    if not prompts or not all(prompt.dim() == 1 and len(prompt) for prompt in prompts):
+        shapes = [tuple(prompt.shape) for prompt in prompts]
+        raise ValueError(f"prompts must be (n,) each with n at least 1, got {shapes}")
+    longest = max(map(len, prompts))
+    tokens = prompts[0].new_full((len(prompts), longest), token)
+    pad_mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    for i, prompt in enumerate(prompts):
+        tokens[i, longest - len(prompt) :] = prompt
+        pad_mask[i, longest - len(prompt) :] = False
+    return tokens, pad_mask
 
 
 def _check_prompt(
@@ -216,9 +267,22 @@ def _check_prompt(
     return batch, length
 
 
-def _steps(begin: int, end: int, progress: bool) -> Iterable[int]:
+def _choices(allowed: Tensor, logits: Tensor) -> Tensor:
+    """What ``allowed`` gave, if every row of the logits (B, vocab_size) has a token left."""
+    if allowed.dtype != torch.bool or allowed.shape not in (logits.shape, logits.shape[1:]):
+        raise ValueError(
+            f"allowed must give bool {tuple(logits.shape[1:])} or {tuple(logits.shape)}, "
+            f"got {allowed.dtype} {tuple(allowed.shape)}"
+        )
+    if not allowed.any(dim=-1).all():
+        raise ValueError("allowed must leave every example a token that may come next, got none")
+    return allowed.to(logits.device)
+
+
+def with_progress(steps: Sequence[int], progress: bool, what: str) -> Iterable[int]:
+    """The steps, with a progress bar where wanted."""
     if not progress:
-        return range(begin, end)
+        return steps
     from rich.progress import track
 
-    return track(range(begin, end), description="Generating")
+    return track(steps, description=what)

@@ -6,14 +6,17 @@ Every layer is pre-norm and returns the update only; the caller adds it to the r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perceiver_kernels.attention import perceiver_attention
+from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
+from perceiver_kernels.rows import gather_rows, kept_indices, rows_at
 from perceiver_kernels.streaming import (
     CHUNK_SIZE,
     Array,
@@ -37,60 +40,6 @@ def _apart(slices: Slices | None, device: torch.device) -> AbstractContextManage
     return nullcontext() if slices is None else slices.randomness("prefix", device)
 
 
-class KVCache:
-    """Keys (already rotated) and values of the inputs seen so far, in buffers of a fixed capacity.
-
-    ``append`` returns views of everything stored, (B, Hkv, length, D) and (B, Hkv, length, Dv). For
-    inference: the buffers are overwritten in place, so no gradient flows through them.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: list[Tensor] = []
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, n, D) and (B, Hkv, n, Dv) after what is there, on the first call's device."""
-        begin, self.length = self.length, self.length + key.shape[2]
-        if self.length > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, which is less than {self.length}")
-        if not self._buffers:
-            self._buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key, value)]
-        for buffer, new in zip(self._buffers, (key, value), strict=True):
-            buffer[:, :, begin : self.length] = new
-        stored_key, stored_value = (buffer[:, :, : self.length] for buffer in self._buffers)
-        return stored_key, stored_value
-
-    def clear(self) -> None:
-        """Forget the contents, keep the buffers."""
-        self.length = 0
-
-
-def kept_indices(batch: int, length: int, p: float, device: torch.device) -> Tensor:
-    """The prefix positions that survive prefix dropout: int64 (batch, length - int(length * p)), ascending.
-
-    Each example keeps its own uniformly random subset of exactly that size (Perceiver AR's cross-attend
-    dropout). The draw is that of perceiver-ar-pytorch: the same torch seed keeps the same positions.
-    """
-    keep = length - int(length * p)
-    return torch.rand(batch, length, device=device).topk(keep, dim=-1).indices.sort(dim=-1).values
-
-
-def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows ``indices`` (B, K) of each example of ``x`` (B, N, ...): (B, K, ...)."""
-    batch, length = x.shape[:2]
-    # Whole rows of a flat view: a quarter of the time of x[examples, indices], whose CPU backward is serial.
-    flat = indices + torch.arange(batch, device=indices.device).unsqueeze(-1) * length
-    return torch.unflatten(x.flatten(0, 1).index_select(0, flat.flatten()), 0, indices.shape)
-
-
-def _rows_at(table: Tensor, places: Tensor) -> Tensor:
-    """Rows of a table (N, R) or (B, N, R) at places (n,), the same for every example, or (B, n)."""
-    if table.dim() == 2:
-        return table[places]
-    return gather_rows(table, places) if places.dim() == 2 else table[:, places]
-
-
 class CrossAttention(nn.Module):
     """Causal cross-attention from prefix and latents onto the latents (Perceiver AR, arXiv 2202.07765).
 
@@ -106,8 +55,10 @@ class CrossAttention(nn.Module):
         value_dim: channels of a value head. None: ``head_dim``.
         bias: whether the four projections have one.
         rotary_fraction: share of ``head_dim`` that is rotated (rounded down to even); 0 turns RoPE off.
+        rotary_heads: share of the heads that are rotated, rounded down to whole key heads; the first ones.
         rotary_layout: ``"half"`` or ``"interleaved"``, see :mod:`perceiver_kernels.rotary`.
-        rotary_base: base of the rotary wavelengths.
+        rotary_base, rotary_endpoint: base of the rotary wavelengths, and whether the longest reaches it, see
+            :func:`perceiver_kernels.rotary.rotary_cos_sin`.
         scale, softcap, backend: as in :func:`perceiver_kernels.perceiver_attention`.
         dropout: dropout probability of the attention weights, in training.
         prefix_dropout: share of the prefix left out in training. Each example keeps exactly
@@ -133,8 +84,10 @@ class CrossAttention(nn.Module):
         value_dim: int | None = None,
         bias: bool = False,
         rotary_fraction: float = 0.5,
+        rotary_heads: float = 1.0,
         rotary_layout: RotaryLayout = "half",
         rotary_base: float = 10_000.0,
+        rotary_endpoint: bool = False,
         scale: float | None = None,
         softcap: float | None = None,
         dropout: float = 0.0,
@@ -162,8 +115,9 @@ class CrossAttention(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}")
-        if not 0.0 <= rotary_fraction <= 1.0:
-            raise ValueError(f"rotary_fraction must be in [0, 1], got {rotary_fraction}")
+        for name, share in (("rotary_fraction", rotary_fraction), ("rotary_heads", rotary_heads)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         if rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {rotary_layout!r}")
         for name, p in (("dropout", dropout), ("prefix_dropout", prefix_dropout)):
@@ -172,7 +126,9 @@ class CrossAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self.rotary_dim = 2 * int(head_dim * rotary_fraction / 2)
+        self.rotary_kv_heads = int(num_kv_heads * rotary_heads)
         self.rotary_layout, self.rotary_base = rotary_layout, rotary_base
+        self.rotary_endpoint = rotary_endpoint
         self.scale, self.softcap, self.backend = scale, softcap, backend
         self.dropout, self.prefix_dropout = dropout, prefix_dropout
         self.streamed, self.chunk_size = streamed, chunk_size
@@ -191,13 +147,21 @@ class CrossAttention(nn.Module):
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         """cos and sin (..., rotary_dim / 2) of this layer's rotary embedding, for data of ``dtype``."""
         angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return rotary_cos_sin(positions, self.rotary_dim, base=self.rotary_base, dtype=angle_dtype)
+        return rotary_cos_sin(
+            positions,
+            self.rotary_dim,
+            base=self.rotary_base,
+            endpoint=self.rotary_endpoint,
+            dtype=angle_dtype,
+        )
 
     def attend(
         self,
         latents: Tensor,
         inputs: Tensor | Source,
         *,
+        own: Tensor | None = None,
+        per_position: int = 1,
         positions: Tensor | None = None,
         rotary: Rotary | None = None,
         key_mask: Tensor | None = None,
@@ -209,10 +173,14 @@ class CrossAttention(nn.Module):
         The last latent stands at the last key, so latent i sees keys up to ``N - M + i``.
 
         Args:
-            latents: (B, M, dim), the queries.
+            latents: (B, M, dim), the queries; (B, M * per_position, dim) where several stand at each
+                position, those of one position side by side.
             inputs: (B, n, dim), the keys and values, latents included. With ``cache`` they are appended to
                 it, and the N keys are all that the cache then holds; without, N = n. Or a source of what
                 stands *before* the latents, N - M inputs, which is streamed.
+            own: (B, M, dim), the inputs at the latents' positions, where ``inputs`` is a source and these are
+                not the latents themselves.
+            per_position: latents at each position.
             positions: (L,) or (B, L) with L at least M and n: the last belongs to the last key.
             rotary: cos and sin, (L, R) or (B, L, R), instead of ``positions``.
             key_mask: bool (B, N), True = may be attended.
@@ -221,13 +189,15 @@ class CrossAttention(nn.Module):
                 ``key_mask`` are then those of this rank's part and of the latents, which all ranks share.
 
         Returns:
-            (B, M, dim).
+            The shape of ``latents``.
         """
         if not isinstance(inputs, Tensor):
             with _apart(slices, latents.device):
-                streamed: Tensor = self._attend_streamed(latents, inputs, positions, rotary, key_mask, slices)
+                streamed: Tensor = self._attend_streamed(
+                    latents, inputs, latents if own is None else own, positions, rotary, key_mask, slices
+                )
             return streamed
-        num_latents = latents.shape[1]
+        num_latents = latents.shape[1] // per_position
         if rotary is None:
             assert positions is not None
             rotary = self.rotary(positions, latents.dtype)
@@ -236,7 +206,7 @@ class CrossAttention(nn.Module):
                 inputs, rotary, key_mask = self._drop_prefix(num_latents, inputs, rotary, key_mask)
             slices = self._after_drop(slices)
         queries = self.norm(latents)
-        q = self._heads(self.q_proj(queries), self.num_heads, rotary)
+        q = self._query_heads(self.q_proj(queries), per_position, rotary)
         if slices is not None and not slices.is_last:  # the latents' own keys are the last rank's
             keys = inputs.shape[1] - num_latents
             inputs, rotary = inputs[:, :keys], (rotary[0][..., :keys, :], rotary[1][..., :keys, :])
@@ -257,8 +227,7 @@ class CrossAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return update
+        return self._update(out, per_position)
 
     # torch.compile can't follow a walk whose chunks have graphs of their own: its own graph breaks here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -266,13 +235,15 @@ class CrossAttention(nn.Module):
         self,
         latents: Tensor,
         prefix: Source,
+        own: Tensor,
         positions: Tensor | None,
         rotary: Rotary | None,
         key_mask: Tensor | None,
         slices: Slices | None,
     ) -> Tensor:
-        """:meth:`attend` over prefix and latents, chunk by chunk."""
-        (batch, num_latents), device, kept = latents.shape[:2], latents.device, None
+        """:meth:`attend` over prefix and own inputs, chunk by chunk."""
+        (batch, num_latents), device, kept = own.shape[:2], latents.device, None
+        per_position = latents.shape[1] // num_latents
         if slices is not None and positions is None:
             positions = slices.positions(num_latents, device)
         if self.training and self.prefix_dropout > 0.0:
@@ -286,10 +257,10 @@ class CrossAttention(nn.Module):
             """cos and sin of the keys from ``begin`` to ``end - 1``."""
             places = torch.arange(begin, end, device=device) if kept is None else kept[:, begin:end]
             if rotary is not None:
-                cos, sin = (_rows_at(t, places) for t in rotary)
+                cos, sin = (rows_at(t, places) for t in rotary)
                 return cos, sin
             if positions is not None:
-                places = _rows_at(positions.unsqueeze(-1), places).squeeze(-1)
+                places = rows_at(positions.unsqueeze(-1), places).squeeze(-1)
             return self.rotary(places, latents.dtype)
 
         norm = self.norm if self.kv_norm is None else self.kv_norm
@@ -300,10 +271,10 @@ class CrossAttention(nn.Module):
             return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
 
         weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
-        sources = [prefix, Rows(latents)] if slices is None or slices.is_last else [prefix]
+        sources = [prefix, Rows(own)] if slices is None or slices.is_last else [prefix]
         stream = KeyStream(sources, project, weights, self.chunk_size)
         last = angles(total - num_latents, total)
-        query = self._heads(self.q_proj(self.norm(latents)), self.num_heads, last)
+        query = self._query_heads(self.q_proj(self.norm(latents)), per_position, last)
         call = stream_call(
             query,
             stream,
@@ -319,7 +290,25 @@ class CrossAttention(nn.Module):
         out, _ = streamed_attention(
             query, stream, *call, slices=None if slices is None else slices.extended(num_latents)
         )
-        update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return self._update(out, per_position)
+
+    def _query_heads(self, x: Tensor, per_position: int, rotary: Rotary | None) -> Tensor:
+        """(B, M * per_position, H * D) to (B, H * per_position, M, D).
+
+        The latents of one position see the same keys: to the op they are so many more query heads of each
+        key head.
+        """
+        if per_position > 1:
+            x = torch.unflatten(torch.unflatten(x, 1, (-1, per_position)), -1, (self.num_kv_heads, -1))
+            x = x.transpose(2, 3).flatten(2)
+        return self._heads(x, self.num_heads * per_position, rotary)
+
+    def _update(self, out: Tensor, per_position: int) -> Tensor:
+        """What the op gave for :meth:`_query_heads` to (B, M * per_position, dim)."""
+        out = out.transpose(1, 2)
+        if per_position > 1:
+            out = torch.unflatten(out, 2, (self.num_kv_heads, per_position, -1)).transpose(2, 3).flatten(1, 2)
+        update: Tensor = self.out_proj(out.flatten(2))
         return update
 
     def _heads(self, x: Tensor, heads: int, rotary: Rotary | None) -> Tensor:
@@ -327,7 +316,13 @@ class CrossAttention(nn.Module):
         x = torch.unflatten(x, -1, (heads, -1))
         if rotary is not None:
             begin = rotary[0].shape[-2] - x.shape[1]
-            x = apply_rotary(x, *(t[..., begin:, :] for t in rotary), layout=self.rotary_layout)
+            cos, sin = (t[..., begin:, :] for t in rotary)
+            turned = self.rotary_kv_heads * heads // self.num_kv_heads  # queries turn with their key head
+            if turned == heads:
+                x = apply_rotary(x, cos, sin, layout=self.rotary_layout)
+            else:
+                first, others = torch.split(x, [turned, heads - turned], dim=2)
+                x = torch.cat((apply_rotary(first, cos, sin, layout=self.rotary_layout), others), dim=2)
         return x.transpose(1, 2)
 
     def _kept(self, batch: int, prefix: int, num_latents: int, device: torch.device) -> Tensor:
@@ -462,15 +457,49 @@ class SelfAttention(CrossAttention):
         return super().forward(latents, **options)
 
 
-class FeedForward(nn.Sequential):
-    """LayerNorm, Linear to ``mult * dim``, GELU, Dropout, Linear: (..., dim) to (..., dim)."""
+class SquaredReLU(nn.Module):
+    """``max(x, 0) ** 2`` (Primer, So et al. 2021, arXiv 2109.08668), Google's Perceiver AR's."""
 
-    def __init__(self, dim: int, *, mult: float = 4.0, dropout: float = 0.0, bias: bool = False) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) to (...)."""
+        return torch.relu(x).square()
+
+
+class GeGLU(nn.Module):
+    """One half of the channels times the GELU of the other (Shazeer 2020, arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 2 n) to (..., n)."""
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+Activation = Literal["gelu", "squared_relu", "geglu"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "squared_relu": SquaredReLU, "geglu": GeGLU}
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, Linear to ``mult * dim``, activation, Dropout, Linear: (..., dim) to (..., dim).
+
+    ``"geglu"`` has twice the channels before the activation, and ``mult * dim`` after it as the others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mult: float = 4.0,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         hidden = int(dim * mult)
         super().__init__(
             nn.LayerNorm(dim),
-            nn.Linear(dim, hidden, bias=bias),
-            nn.GELU(),
+            nn.Linear(dim, 2 * hidden if activation == "geglu" else hidden, bias=bias),
+            _ACTIVATIONS[activation](),
             nn.Dropout(dropout),
             nn.Linear(hidden, dim, bias=bias),
         )

@@ -39,7 +39,12 @@ def positions_from_padding(pad_mask: Tensor) -> Tensor:
 
 
 def rotary_cos_sin(
-    positions: Tensor, dim: int, *, base: float = 10_000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    dim: int,
+    *,
+    base: float = 10_000.0,
+    endpoint: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles.
 
@@ -47,6 +52,8 @@ def rotary_cos_sin(
         positions: any shape ``(...)``, usually (N,) or one row per example (B, N).
         dim: number of rotated channels, even.
         base: wavelengths run from 2 pi to 2 pi base.
+        endpoint: whether the longest wavelength is 2 pi base itself, as in Google's Perceiver AR. Otherwise,
+            as in RoFormer and everywhere else, one step of the geometric progression below it.
         dtype: float32, or float64 for float64 data.
 
     Returns:
@@ -55,7 +62,9 @@ def rotary_cos_sin(
     if dim < 0 or dim % 2:
         raise ValueError(f"dim must be even and not negative, got {dim}")
     wide = torch.float32 if positions.device.type == "mps" else torch.float64  # mps has none
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=wide) / -max(dim, 1)
+    pairs = dim // 2
+    steps = max(pairs - 1 if endpoint else pairs, 1)
+    exponents = torch.arange(pairs, device=positions.device, dtype=wide) / -steps
     turns = positions.to(wide).unsqueeze(-1) * (base**exponents / (2 * math.pi))
     angles = ((turns - turns.round()) * (2 * math.pi)).to(dtype)
     return angles.cos(), angles.sin()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_kernels.layers import CrossAttention, FeedForward, Rotary, SelfAttention
+from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
 from perceiver_kernels.models.perceiver_ar import Block
 
 ROOT = "perceiver_ar"
@@ -64,16 +64,20 @@ class GooglePerceiverAR(nn.Module):
         transformer_widening_factor: int = 1,
         max_wavelength: float = 8192,
         fraction_to_rotate: float = 0.25,
+        fraction_heads_to_rotate: float = 1.0,
         use_negative_rotary_positions: bool = False,
         activation_name: str = "sq_relu",
         absolute_positions: int | None = None,
     ) -> None:
         super().__init__()
-        self.max_wavelength, self.sign = max_wavelength, -1 if use_negative_rotary_positions else 1
+        self.sign = -1 if use_negative_rotary_positions else 1
         rotary: dict[str, Any] = {
             "bias": True,
             "rotary_layout": "interleaved",
             "rotary_fraction": fraction_to_rotate if absolute_positions is None else 0.0,
+            "rotary_heads": fraction_heads_to_rotate,
+            "rotary_base": max_wavelength,
+            "rotary_endpoint": True,
         }
 
         def block(attention: CrossAttention, widening: int) -> Block:
@@ -119,21 +123,13 @@ class GooglePerceiverAR(nn.Module):
             x = x + self.position_embed(positions)
         seen = None if pad_mask is None else ~pad_mask
         z = self.latents(x[:, total - num_latents :])
-        z = self.cross(z, x, rotary=self._rotary(self.cross, positions, x.dtype), key_mask=seen)
+        turns = self.sign * positions
+        z = self.cross(z, x, positions=turns, key_mask=seen)
         seen = None if seen is None else seen[:, total - num_latents :]
         for layer in self.blocks:
-            rotary = self._rotary(layer, positions[total - num_latents :], x.dtype)
-            z = layer(z, z, rotary=rotary, key_mask=seen)
+            z = layer(z, z, positions=turns[total - num_latents :], key_mask=seen)
         logits: Tensor = self.head(self.norm(z))
         return logits
-
-    def _rotary(self, layer: Any, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """cos and sin (N, R); angles in float32 whatever the dtype, but for float64."""
-        angle_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        pairs = layer.attention.rotary_dim // 2
-        exponents = torch.linspace(0.0, 1.0, pairs, device=positions.device, dtype=angle_dtype)
-        angles = self.sign * positions.to(angle_dtype).unsqueeze(-1) * self.max_wavelength**-exponents
-        return angles.cos(), angles.sin()
 
 
 def from_haiku(params: Mapping[str, Mapping[str, Any]], **options: Any) -> GooglePerceiverAR:
@@ -141,7 +137,8 @@ def from_haiku(params: Mapping[str, Mapping[str, Any]], **options: Any) -> Googl
 
     Sizes and the kind of positions are read off the tree. What it doesn't say are options, named and preset
     as in Google's configuration: ``num_cross_attend_heads``, ``num_transformer_heads``, ``max_wavelength``,
-    ``fraction_to_rotate``, ``use_negative_rotary_positions``, ``activation_name``.
+    ``fraction_to_rotate``, ``fraction_heads_to_rotate``, ``use_negative_rotary_positions``,
+    ``activation_name``.
 
     Raises:
         ValueError: for a tree of another architecture, naming the modules or the parameter.

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from perceiver_kernels.attention import perceiver_attention
 from perceiver_kernels.integrations._classes import Model, replace_classes
-from perceiver_kernels.layers import gather_rows, kept_indices
 from perceiver_kernels.rotary import apply_rotary
+from perceiver_kernels.rows import gather_rows, kept_indices
 
 
 class FusedCausalAttention(CausalAttention):  # type: ignore[misc]

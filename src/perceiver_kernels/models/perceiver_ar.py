@@ -1,129 +1,36 @@
 """Perceiver AR (Hawthorne et al. 2022, arXiv 2202.07765): long context, short latents.
 
-The last M positions of the input are the latents. One causal cross-attention reads all N inputs into them,
+The last M positions of the input are the latents. A causal cross-attention reads all N inputs into them,
 then ``depth`` causal self-attention layers work on the M latents alone: context costs N M, depth costs M^2.
+Further cross-attentions may follow layers of choice, and several latents may stand at each position.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels.generation import generate
-from perceiver_kernels.layers import CrossAttention, FeedForward, KVCache, SelfAttention
-from perceiver_kernels.rotary import (
-    LAYOUTS,
-    RotaryLayout,
-    positions_from_padding,
-    right_aligned_positions,
-    rotary_cos_sin,
-)
-from perceiver_kernels.streaming import CHUNK_SIZE, Recomputed, Source
+from perceiver_kernels.kv_cache import KVCache
+from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
+from perceiver_kernels.models.checkpoint import check_state, read_model, write_model
+from perceiver_kernels.models.config import PerceiverARConfig
+from perceiver_kernels.models.loss import next_token_loss, random_crop
+from perceiver_kernels.models.positions import fourier, initial_table, sinusoids, table_rows
+from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
+from perceiver_kernels.scoring import score
+from perceiver_kernels.streaming import Recomputed, Source
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
     from perceiver_kernels.collectives import Group
     from perceiver_kernels.distributed import Slices
-
-PositionKind = Literal["sinusoidal", "learned", "none"]
-METADATA_KEY = "perceiver_kernels.PerceiverARConfig"
-
-
-@dataclasses.dataclass(frozen=True)
-class PerceiverARConfig:
-    """What a :class:`PerceiverAR` is made of.
-
-    Args:
-        vocab_size: number of tokens.
-        dim: channels of the residual stream.
-        depth: self-attention layers over the latents, after the one cross-attention.
-        num_heads: query heads of every attention.
-        max_seq_len: longest input N.
-        num_latents: latents M unless a call says otherwise; at most ``max_seq_len``.
-        num_kv_heads: key and value heads, a divisor of ``num_heads``. None: ``num_heads``.
-        head_dim: channels of a head. None: ``dim // num_heads``.
-        ff_mult: hidden channels of the feed-forward blocks, as a multiple of ``dim``.
-        positions: absolute positions added to the embeddings: ``"sinusoidal"``, ``"learned"`` (a table that
-            starts at the sinusoids) or ``"none"``.
-        position_base: wavelengths of the sinusoids run from 2 pi to 2 pi base. None: ``max_seq_len``.
-        rotary_fraction, rotary_layout, rotary_base: rotary embedding, see
-            :class:`perceiver_kernels.CrossAttention`.
-        prefix_dropout: share of the prefix that the cross-attention leaves out in training.
-        dropout: dropout of the embeddings, of each block's update and inside the feed-forward blocks.
-        attention_dropout: dropout of the attention weights.
-        tie_embeddings: whether the output projection is the token embedding.
-        streamed: whether the cross-attention walks the prefix in chunks, embedding its tokens as it goes: no
-            tensor of N x dim exists, forward or backward. Same parameters, same results up to rounding.
-        chunk_size: positions of each example at a time, where streamed.
-
-    Raises:
-        ValueError: for a value outside its range; TypeError: for a size that is not an int.
-    """
-
-    vocab_size: int
-    dim: int
-    depth: int
-    num_heads: int
-    max_seq_len: int
-    num_latents: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    ff_mult: float = 4.0
-    positions: PositionKind = "sinusoidal"
-    position_base: float | None = None
-    rotary_fraction: float = 0.5
-    rotary_layout: RotaryLayout = "half"
-    rotary_base: float = 10_000.0
-    prefix_dropout: float = 0.0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    tie_embeddings: bool = False
-    streamed: bool = False
-    chunk_size: int = CHUNK_SIZE
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "depth", "num_heads", "max_seq_len", "num_latents", "chunk_size")
-        optional = [name for name in ("num_kv_heads", "head_dim") if getattr(self, name) is not None]
-        for name in (*sizes, *optional):
-            value, least = getattr(self, name), 0 if name == "depth" else 1
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.num_latents > self.max_seq_len:
-            raise ValueError(f"num_latents is {self.num_latents}, more than max_seq_len {self.max_seq_len}")
-        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads {self.num_heads}"
-            )
-        if self.head_dim is None and self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: give head_dim")
-        if self.positions not in get_args(PositionKind):
-            raise ValueError(
-                f"positions must be one of {', '.join(get_args(PositionKind))}, got {self.positions!r}"
-            )
-        if self.positions != "none" and self.dim % 2:
-            raise ValueError(f"dim must be even for {self.positions} positions, got {self.dim}")
-        if self.rotary_layout not in LAYOUTS:
-            raise ValueError(f"rotary_layout must be one of {', '.join(LAYOUTS)}, got {self.rotary_layout!r}")
-        if not 0.0 <= self.rotary_fraction <= 1.0:
-            raise ValueError(f"rotary_fraction must be in [0, 1], got {self.rotary_fraction}")
-        for name in ("prefix_dropout", "dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("ff_mult", "rotary_base", "position_base"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 class Block(nn.Module):
@@ -150,35 +57,46 @@ class PerceiverAR(nn.Module):
             "num_kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "rotary_fraction": config.rotary_fraction,
+            "rotary_heads": config.rotary_heads,
             "rotary_layout": config.rotary_layout,
             "rotary_base": config.rotary_base,
+            "rotary_endpoint": config.rotary_endpoint,
             "dropout": config.attention_dropout,
         }
 
         def block(attention: CrossAttention) -> Block:
             return Block(
                 attention,
-                FeedForward(config.dim, mult=config.ff_mult, dropout=config.dropout),
+                FeedForward(
+                    config.dim, mult=config.ff_mult, activation=config.activation, dropout=config.dropout
+                ),
                 config.dropout,
             )
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(config.max_seq_len, config.dim) if learned else None
+        self.position_embedding = nn.Embedding(sum(config.index_shape), config.dim) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.cross = block(
-            CrossAttention(
-                config.dim,
-                config.num_heads,
-                prefix_dropout=config.prefix_dropout,
-                streamed=config.streamed,
-                chunk_size=config.chunk_size,
-                **options,
+        several = config.latents_per_position > 1
+        self.latent_embedding = nn.Embedding(config.latents_per_position, config.dim) if several else None
+
+        def cross() -> Block:
+            return block(
+                CrossAttention(
+                    config.dim,
+                    config.num_heads,
+                    prefix_dropout=config.prefix_dropout,
+                    streamed=config.streamed,
+                    chunk_size=config.chunk_size,
+                    **options,
+                )
             )
-        )
+
+        self.cross = cross()
         self.blocks = nn.ModuleList(
             block(SelfAttention(config.dim, config.num_heads, **options)) for _ in range(config.depth)
         )
+        self.later_crosses = nn.ModuleList(cross() for _ in config.cross_after)
         self.norm = nn.LayerNorm(config.dim)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -195,18 +113,23 @@ class PerceiverAR(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        for block in (self.cross, *self.blocks):
+        blocks = (self.cross, *self.blocks, *self.later_crosses)
+        for block in blocks:
             for output in (block.attention.out_proj, block.feed_forward[-1]):
-                output.weight.div_(math.sqrt(2 * (1 + self.config.depth)))
+                output.weight.div_(math.sqrt(2 * len(blocks)))
         nn.init.normal_(self.token_embedding.weight)
+        if self.latent_embedding is not None:
+            nn.init.normal_(self.latent_embedding.weight, std=0.1)
         # Small logits. A tied output would first of all predict the input token again: the latents still
         # hold its embedding.
         if self.head is None:
             nn.init.constant_(self.norm.weight, 0.1)
         else:
-            self.head.weight.mul_(0.1)
+            self.head.weight.mul_(0.0 if self.config.zero_head else 0.1)
         if self.position_embedding is not None:
-            self.position_embedding.weight.copy_(self._sinusoids(torch.arange(self.config.max_seq_len)))
+            config = self.config
+            table = initial_table(config.index_shape, config.dim, base=config.position_base)
+            self.position_embedding.weight.copy_(table)
 
     def forward(
         self,
@@ -242,7 +165,7 @@ class PerceiverAR(nn.Module):
         Returns:
             (B, M, vocab_size).
         """
-        self._check(tokens, pad_mask)
+        self.check_tokens(tokens, pad_mask)
         slices = None if group is None else self._share(tokens, num_latents, pad_mask, group)
         total = tokens.shape[1] if slices is None else slices.total
         if not 1 <= total <= self.config.max_seq_len:
@@ -261,18 +184,50 @@ class PerceiverAR(nn.Module):
         key_mask = None
         if pad_mask is not None:
             positions, key_mask = positions_from_padding(pad_mask), ~pad_mask
-        prefix = total - num_latents
+        prefix, places = total - num_latents, self._places(positions)
         inputs: Tensor | Source
         if self.config.streamed:
-            latents = self.embed(tokens[:, prefix:], positions[..., prefix:])
-            inputs = self._stream(tokens[:, :prefix], positions[..., :prefix])
+            own = self.embed(tokens[:, prefix:], places[..., prefix:])
+            inputs = self._stream(tokens[:, :prefix], places[..., :prefix])
         else:
-            inputs = self.embed(tokens, positions)
-            latents = inputs[:, prefix:]
-        return self.logits(self.read(latents, inputs, positions, key_mask))
+            inputs = self.embed(tokens, places)
+            own = inputs[:, prefix:]
+        return self.logits(self.read(own, inputs, positions, key_mask))
+
+    def loss(self, tokens: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy, in nats, of the token after each of the last M.
+
+        In training with the configured ``label_smoothing``, ``z_loss`` and ``random_crop``; in eval mode the
+        plain one. (A wrapper such as DDP sees calls of itself only: give its logits to
+        :func:`perceiver_kernels.models.loss.next_token_loss`.)
+
+        Args:
+            tokens: (B, N + 1), inputs and, one further, targets.
+            num_latents: M, as in :meth:`forward`.
+            pad_mask: bool (B, N + 1), True = padding, on either side. Only tokens that follow a token count.
+
+        Returns:
+            A scalar.
+        """
+        self.check_tokens(tokens, pad_mask)
+        config, length = self.config, tokens.shape[1] - 1
+        if not 1 <= length <= config.max_seq_len:
+            raise ValueError(
+                f"tokens must have from 2 to max_seq_len + 1 = {config.max_seq_len + 1} positions, "
+                f"inputs and the last target, got {length + 1}"
+            )
+        num_latents = min(config.num_latents, length) if num_latents is None else num_latents
+        if self.training and config.random_crop:
+            tokens, pad_mask = random_crop(tokens, pad_mask, num_latents + 1)
+        counted = None
+        if pad_mask is not None:
+            counted = ~(pad_mask[:, 1:] | pad_mask[:, :-1])[:, -num_latents:]
+        logits = self(tokens[:, :-1], num_latents, None if pad_mask is None else pad_mask[:, :-1])
+        extras = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss} if self.training else {}
+        return next_token_loss(logits, tokens[:, -num_latents:], counted, **extras)
 
     def embed(self, tokens: Tensor, positions: Tensor, *, in_chunks: bool = False) -> Tensor:
-        """Tokens (B, n) at positions (n,) or (B, n) to (B, n, dim).
+        """Tokens (B, n) at absolute positions (n,) or (B, n) to (B, n, dim).
 
         ``in_chunks``: gradients of long tables are sparse, or every chunk would make one of the table's size.
         """
@@ -283,12 +238,22 @@ class PerceiverAR(nn.Module):
             return table(indices)
 
         x: Tensor = look_up(self.token_embedding, tokens)
+        shape, dim = self.config.index_shape, self.config.dim
         if self.position_embedding is not None:
-            x = x + look_up(self.position_embedding, positions)
+            for rows in table_rows(positions, shape):
+                x = x + look_up(self.position_embedding, rows)
         elif self.config.positions == "sinusoidal":
-            x = x + self._sinusoids(positions, x.dtype).to(x.dtype)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            base = self.config.position_base
+            x = x + sinusoids(positions, shape, dim, base=base, dtype=wide).to(x.dtype)
+        elif self.config.positions == "fourier":
+            x = x + fourier(positions, shape, dim).to(x.dtype)
         x = self.dropout(x)
         return x
+
+    def _places(self, positions: Tensor) -> Tensor:
+        """Absolute positions of inputs at positions (n,) or (B, n), of which the last is the last of all."""
+        return positions if self.config.position_origin == "first" else positions[..., -1:] - positions
 
     def _stream(self, tokens: Tensor, positions: Tensor) -> Recomputed:
         """The embedded tokens (B, n), each chunk when it is wanted."""
@@ -304,36 +269,81 @@ class PerceiverAR(nn.Module):
 
     def read(
         self,
-        latents: Tensor,
+        own: Tensor,
         inputs: Tensor | Source,
         positions: Tensor,
         key_mask: Tensor | None = None,
         caches: Sequence[KVCache | None] | None = None,
         slices: Slices | None = None,
     ) -> Tensor:
-        """All layers up to the last norm: inputs (B, n, dim) into latents (B, M, dim).
+        """All layers up to the last norm: inputs (B, n, dim) into the latents of the last M positions.
 
-        Inputs are latents included, or a source of what stands before them.
+        Args:
+            own: (B, M, dim), the embedded inputs at these positions, from which the latents start.
+            inputs: all of them, own included, or a source of what stands before own.
+            positions: (L,) or (B, L), L = max(M, n), right-aligned with the inputs like ``key_mask`` (B, N).
+            caches: one :class:`KVCache` (or None) for each cross-attention, then for each layer:
+                generation's way in.
+            slices: that of :meth:`CrossAttention.attend`.
 
-        ``positions`` (L,) or (B, L), L = max(M, n), and ``key_mask`` (B, N) are right-aligned with the
-        inputs. ``caches`` holds one :class:`KVCache` for the cross-attention and one for each layer:
-        generation's way in. ``slices`` is that of :meth:`CrossAttention.attend`.
+        Returns:
+            (B, M * latents_per_position, dim).
         """
-        cross_cache, *block_caches = [None] * (1 + len(self.blocks)) if caches is None else caches
-        latents = self.cross(
-            latents, inputs, positions=positions, key_mask=key_mask, cache=cross_cache, slices=slices
+        several, num_positions = self.config.latents_per_position, own.shape[1]
+        crosses = (self.cross, *self.later_crosses)
+        if caches is None:
+            caches = [None] * (len(crosses) + len(self.blocks))
+
+        def cross(index: int, latents: Tensor) -> Tensor:
+            return self._run(
+                crosses[index],
+                latents,
+                inputs,
+                own=own,
+                per_position=several,
+                positions=positions,
+                key_mask=key_mask,
+                cache=caches[index],
+                slices=None if slices is None else slices.of_layer(index),
+            )
+
+        latents = own
+        if self.latent_embedding is not None:
+            latents = own.repeat_interleave(several, 1) + self.latent_embedding.weight.repeat(
+                num_positions, 1
+            )
+        latents = cross(0, latents)
+        rotary = self.cross.attention.rotary(
+            positions[..., positions.shape[-1] - num_positions :].repeat_interleave(several, -1), own.dtype
         )
-        own = positions[..., positions.shape[-1] - latents.shape[1] :]
-        rotary = self.cross.attention.rotary(own, latents.dtype)
-        for block, cache in zip(self.blocks, block_caches, strict=True):
-            stored = 0 if cache is None else cache.length
-            seen = None if key_mask is None else key_mask[:, key_mask.shape[1] - stored - latents.shape[1] :]
-            latents = block(latents, latents, rotary=rotary, key_mask=seen, cache=cache)
+        kept = None
+        if self.training and self.config.latent_dropout > 0.0:
+            kept = torch.rand(latents.shape[:2], device=latents.device) >= self.config.latent_dropout
+        for i, block in enumerate(self.blocks):
+            cache = caches[len(crosses) + i]
+            seen = None
+            if key_mask is not None:
+                stored = 0 if cache is None else cache.length // several
+                seen = key_mask[:, key_mask.shape[1] - stored - num_positions :].repeat_interleave(several, 1)
+            if kept is not None:
+                seen = kept if seen is None else seen & kept
+            latents = self._run(block, latents, latents, rotary=rotary, key_mask=seen, cache=cache)
+            if i in self.config.cross_after:
+                latents = cross(1 + self.config.cross_after.index(i), latents)
+        return latents
+
+    def _run(self, block: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+        """A block's latents; where configured, what it computes on the way is computed again later."""
+        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, **options)  # type: ignore[no-any-return]
+        latents: Tensor = block(*inputs, **options)
         return latents
 
     def logits(self, latents: Tensor) -> Tensor:
-        """Latents (B, M, dim) to logits (B, M, vocab_size)."""
+        """Latents (B, M * latents_per_position, dim) to logits (B, M, vocab_size)."""
         latents = self.norm(latents)
+        if self.config.latents_per_position > 1:
+            latents = torch.unflatten(latents, 1, (-1, self.config.latents_per_position)).mean(2)
         if self.head is not None:
             return F.linear(latents, self.head.weight)
         # The embedding has unit variance; a projection of unit gain has 1 / dim.
@@ -343,29 +353,27 @@ class PerceiverAR(nn.Module):
         """Prompt (B, n) to (B, n + max_new_tokens): :func:`perceiver_kernels.generation.generate`."""
         return generate(self, prompt, max_new_tokens, **options)
 
+    def score(self, tokens: Tensor, stride: int | None = None, **options: Any) -> Tensor:
+        """Log-probabilities of tokens (B, N) but the first: :func:`perceiver_kernels.scoring.score`."""
+        return score(self, tokens, stride, **options)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights and configuration into one safetensors file."""
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        config = json.dumps(dataclasses.asdict(self.config))
-        safetensors.torch.save_file(state, path, metadata={"format": "pt", METADATA_KEY: config})
+        """Write weights, configuration and a digest into one safetensors file, all of it or nothing."""
+        write_model(path, self.state_dict(), self.config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> PerceiverAR:
         """Read a model that :meth:`save` wrote, in the dtype that it was saved in.
 
         Raises:
-            ValueError: for a safetensors file without the configuration.
+            ValueError: for a file that is truncated, damaged, or not one of :meth:`save`'s; see
+                :mod:`perceiver_kernels.models.checkpoint`. There is never a half-loaded model.
         """
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if METADATA_KEY not in metadata:
-            raise ValueError(
-                f"{os.fspath(path)} holds no {METADATA_KEY}: it was not written by PerceiverAR.save"
-            )
-        state = safetensors.torch.load_file(path, device=str(device))
+        config, state = read_model(path)
         with torch.device("meta"):
-            model = cls(PerceiverARConfig(**json.loads(metadata[METADATA_KEY])))
-        model.load_state_dict(state, assign=True)
+            model = cls(config)
+        check_state(os.fspath(path), model, state)
+        model.load_state_dict({name: t.to(device) for name, t in state.items()}, assign=True)
         return model
 
     def _share(
@@ -399,17 +407,18 @@ class PerceiverAR(nn.Module):
             counts = key_mask[:, :own].cumsum(1) + before, key_mask[:, own:].cumsum(1) + all_before
             positions = (torch.cat(counts, dim=1) - 1).clamp(min=0)
         inputs: Tensor | Source
+        places = self._places(positions)
         if self.config.streamed:
-            inputs = self._stream(tokens[:, :own], positions[..., :own])
+            inputs = self._stream(tokens[:, :own], places[..., :own])
         else:
             with prefix.randomness("embeddings", device):
-                inputs = self.embed(tokens[:, :own], positions[..., :own])
+                inputs = self.embed(tokens[:, :own], places[..., :own])
         with prefix.randomness("latents", device, shared=True):
-            latents = self.embed(last, positions[..., own:])
+            latents = self.embed(last, places[..., own:])
             inputs = torch.cat((inputs, latents), dim=1) if isinstance(inputs, Tensor) else inputs
             return self.logits(self.read(latents, inputs, positions, key_mask, slices=prefix))
 
-    def _check(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
+    def check_tokens(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
         """Refuse what is not a batch of tokens."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")
@@ -422,10 +431,3 @@ class PerceiverAR(nn.Module):
                 raise ValueError(
                     f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}"
                 )
-
-    def _sinusoids(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Positions (...) to (..., dim): sines, then cosines (Vaswani et al. 2017), at least float32."""
-        base = self.config.max_seq_len if self.config.position_base is None else self.config.position_base
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = rotary_cos_sin(positions, self.config.dim, base=base, dtype=wide)
-        return torch.cat((sin, cos), dim=-1)

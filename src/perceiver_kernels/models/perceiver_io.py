@@ -8,35 +8,12 @@ whatever output queries read from them (Perceiver IO). The op is the same, with 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.attention import perceiver_attention
 from perceiver_kernels.layers import FeedForward
-
-
-def fourier_features(positions: Tensor, sizes: tuple[int, ...], bands: int) -> Tensor:
-    """Positions as features of the inputs, section 3.2 of the Perceiver paper.
-
-    Args:
-        positions: integer (..., len(sizes)), from 0 to size - 1 on each axis.
-        sizes: extent of each axis.
-        bands: frequencies for each axis, evenly from 1 to the axis' Nyquist frequency ``size / 2``.
-
-    Returns:
-        float32 (..., len(sizes) * (2 bands + 1)): p, sin(pi f p) and cos(pi f p) with p in [-1, 1].
-    """
-    if positions.shape[-1] != len(sizes):
-        raise ValueError(f"positions must be (..., {len(sizes)}), got {tuple(positions.shape)}")
-    features = []
-    for axis, size in enumerate(sizes):
-        place = 2 * positions[..., axis].float() / max(size - 1, 1) - 1
-        frequencies = torch.linspace(1.0, size / 2, bands, device=positions.device)
-        angles = math.pi * place.unsqueeze(-1) * frequencies
-        features += [place.unsqueeze(-1), angles.sin(), angles.cos()]
-    return torch.cat(features, dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)

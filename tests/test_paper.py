@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.paper import context_scaling, copy_task, training_step
+from benchmarks.paper import context_scaling, copy_task, inspect_copy, training_step
 from benchmarks.paper.copy_task import Recipe, Training
 from perceiver_kernels.cli.report import CommandError
 
@@ -70,7 +70,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     at = data.index(training.model.token_embedding.weight.detach().numpy().tobytes())
     for damaged in (b"", data[: len(data) // 2], b"no checkpoint", data[:at] + bytes(4) + data[at + 4 :]):
         path.write_bytes(damaged)
-        with pytest.raises(CommandError, match=r"a\.pt is no checkpoint of this task"):
+        with pytest.raises(CommandError, match=r"a\.pt is no checkpoint of this training"):
             Training.load(path, TINY)
 
 
@@ -84,7 +84,8 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.
         return step(self)
 
     monkeypatch.setattr(Training, "step", interrupted)
-    assert not copy_task.train(training, path, minutes=1, save_minutes=1)
+    with pytest.raises(KeyboardInterrupt):
+        copy_task.train(training, path, minutes=1, save_minutes=1)
     assert signal.getsignal(signal.SIGINT) is before
     assert losses(Training.load(path, TINY)) == losses(training)
     assert len(training.log) == 3
@@ -104,6 +105,30 @@ def test_the_command_trains_a_little_evaluates_and_goes_on(
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"copy-task-256.{ending}" for ending in ("json", "png", "pt", "safetensors")}
     assert "going on after step" in capsys.readouterr().out
+    assert result["of"] == 4 * 128
+    monkeypatch.setattr(
+        sys, "argv", [*line, "--minutes", "0.03", "--streamed", "--output", str(tmp_path / "s")]
+    )
+    copy_task.main()
+    monkeypatch.setattr(sys, "argv", [*line, "--minutes", "0", "--streamed", "--evaluate-minutes", "0"])
+    with pytest.raises(SystemExit):
+        copy_task.main()  # the checkpoint is one of another recipe
+    assert "made by another recipe" in capsys.readouterr().err
+    sys.argv += ["--output", str(tmp_path / "s")]
+    copy_task.main()
+    result = json.loads((tmp_path / "s" / "copy-task-256.json").read_text())
+    assert (result["told"], result["of"], len(result["runs"])) == (16, 4 * 128, 1)
+    inspected = ["inspect_copy", str(tmp_path / "copy-task-256.safetensors"), "--output", str(tmp_path / "i")]
+    monkeypatch.setattr(sys, "argv", [*inspected, "--runs", "3", "--latents", "5"])
+    inspect_copy.main()
+    assert {path.name for path in (tmp_path / "i").iterdir()} == {
+        "inspect-copy-256.json",
+        "inspect-copy-256.png",
+    }
+    result = json.loads((tmp_path / "i" / "inspect-copy-256.json").read_text())
+    rows = result["rows"]
+    assert [row["latent"] for row in rows] == [*range(127, 132), *range(188, 193), *range(250, 255)]
+    assert all(row["latent"] + row["source"] == 254 for row in rows)
     for wrong in (["--positions", "1000"], ["--latents", "0"]):
         monkeypatch.setattr(sys, "argv", [*line, *wrong])
         with pytest.raises(SystemExit):
@@ -133,12 +158,15 @@ def test_evaluation_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = Oracle(TINY.positions)
     monkeypatch.setattr(copy_task, "predict", oracle)
     counts = list(copy_task.evaluate(TINY.model(), TINY, sequences=2))  # 24 latents don't divide 128
-    assert sum(told for _, told in counts) == sum(right for right, _ in counts) == 2 * 128
-    assert oracle.told == [*range(128, 256)] * 2
+    assert sum(told for *_, told in counts) == sum(right for _, right, _ in counts) == 2 * 128
+    assert sorted(oracle.told) == sorted([*range(128, 256)] * 2)
+    firsts = [begin for begin, *_ in counts]
+    assert firsts[:6] == firsts[6:]
+    assert firsts[:3] == [128, 128 + 4 * 24, 128 + 2 * 24]  # any first few are spread evenly
 
 
 def test_an_untrained_model_guesses() -> None:
-    right, told = map(sum, zip(*copy_task.evaluate(TINY.model(), TINY, sequences=4), strict=True))
+    _, right, told = map(sum, zip(*copy_task.evaluate(TINY.model(), TINY, sequences=4), strict=True))
     assert 0.05 < right / told < 0.3
 
 
@@ -175,6 +203,8 @@ def test_predict_is_the_model_and_windows_keep_their_places() -> None:
     got = copy_task.predict(model, tokens, 0, 24)
     torch.testing.assert_close(got, model(tokens, num_latents=24), rtol=1e-9, atol=1e-9)
     assert (copy_task.predict(model, tokens, 50, 24) - got).abs().max() > 1e-6
+    streamed = Recipe(**{**vars(TINY), "depth": 2, "streamed": True}).model().double().eval()
+    torch.testing.assert_close(copy_task.predict(streamed, tokens, 0, 24), got, rtol=1e-9, atol=1e-9)
 
 
 SETTING = {"dim": 32, "depth": 2, "heads": 2, "latents": 16, "prefix_dropout": 0.0}

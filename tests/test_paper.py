@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.paper import context_scaling, copy_task, inspect_copy, training_step
+from benchmarks.paper import (
+    context_scaling,
+    copy_task,
+    inspect_copy,
+    latents_at_test_time,
+    long_text,
+    text_training,
+    training_step,
+)
 from benchmarks.paper.copy_task import Recipe, Training
 from perceiver_kernels.cli.report import CommandError
 
@@ -244,3 +252,103 @@ def test_reach_interpolates_and_says_when_it_ends() -> None:
     assert context_scaling.reach(rows, "s", 9.0) == (pytest.approx(3000), False)
     assert context_scaling.reach(rows, "s", 16.0) == (4000, True)
     assert context_scaling.reach(rows, "s", 0.5) == (0.0, False)
+
+
+def test_latents_at_test_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    size = ["--minutes", "0.01", "--context", "128", "--latents", "48", "--scored", "16", "--windows", "3"]
+    monkeypatch.setattr(sys, "argv", ["latents_at_test_time", *size, "--output", str(tmp_path)])
+    latents_at_test_time.main()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+    result = json.loads((tmp_path / "latents-at-test-time.json").read_text())
+    assert [row["latents"] for row in result["rows"]] == [16, 32, 48, 64, 128]
+    assert all(0 < row["bits"] < 10 and row["median_s"] > 0 for row in result["rows"])
+    monkeypatch.setattr(sys, "argv", ["latents_at_test_time", "--scored", "64", "--latents", "32"])
+    with pytest.raises(SystemExit):
+        latents_at_test_time.main()
+    assert "must rise, from 1: got 64, 32 and 8192" in capsys.readouterr().err
+
+
+class Recalling(torch.nn.Module):
+    """Tells every token from its own place: what :func:`latents_at_test_time.score` must line up."""
+
+    def forward(self, tokens: Tensor, num_latents: int) -> Tensor:
+        return 9.0 * torch.nn.functional.one_hot((tokens + 1)[:, -num_latents:] % 256, 256).float()
+
+
+def test_scored_bytes_are_the_same_for_every_number_of_latents() -> None:
+    text = torch.arange(5000, dtype=torch.int64).remainder(256).to(torch.uint8)
+    pieces = latents_at_test_time.windows(text, 64, 4)
+    assert pieces.shape == (4, 65)
+    for latents in (8, 20, 64):
+        bits = [bits for bits, _ in latents_at_test_time.score(Recalling(), pieces, latents, scored=8)]
+        assert len(bits) == 4
+        assert max(bits) < 0.06  # log2(1 + 255 / e^9); any other byte costs 13 bits
+
+
+SCORING = {"threads": 1, "memory_bytes": 2**33, "longest": 128, "runs": 2, "windows": 1}
+CONTENDER: dict[str, Any] = {
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "latents": 16,
+    "context": 64,
+    "short_context": 32,
+}
+
+
+@pytest.mark.parametrize("kind", long_text.NAMES)
+def test_long_text_trains_and_scores_both_on_the_same_bytes(kind: str) -> None:
+    setting = {**SCORING, "threads": torch.get_num_threads()}
+    recipe = text_training.Contender(kind=kind, seconds=0.8, **CONTENDER)
+    row = long_text.contend(recipe, setting)
+    assert "error" not in row, row
+    assert (row["kind"], row["context"], row["scored_bytes"]) == (kind, 64, 32)
+    assert row["steps"] > row["steps_full"] > 0
+    assert 2 < row["held_out_bits"] < 9
+    assert row["train_bits"][-1][1] < row["train_bits"][0][1]
+
+
+def test_long_text_says_what_does_not_fit() -> None:
+    late = text_training.Contender(kind="transformer", seconds=1e-3, **CONTENDER)
+    assert long_text.contend(late, SCORING)["error"] == "not one step in 0 s"
+    large = text_training.Contender(kind="transformer", seconds=60, **{**CONTENDER, "context": 2**20})
+    assert long_text.contend(large, SCORING | {"memory_bytes": 2**29})["error"] == "out of memory"
+
+
+def test_the_transformer_learns_from_all_and_is_scored_on_the_last() -> None:
+    model = text_training.Contender(kind="transformer", **CONTENDER).model()
+    tokens = torch.randint(256, (1, 64))
+    whole = model(tokens, num_latents=16)
+    assert whole.shape == (1, 64, 256)
+    assert torch.equal(model.eval()(tokens, num_latents=16), whole[:, -16:])
+
+
+def test_long_text_draws_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+
+    def contend(recipe: text_training.Contender, setting: dict[str, Any]) -> dict[str, Any]:
+        row = {"kind": recipe.kind, "context": recipe.context}
+        if recipe.context == 128:
+            if recipe.kind == "perceiver_ar":
+                raise KeyboardInterrupt
+            return row | {"error": "not one step in 24 s"}
+        numbers = {
+            "held_out_bits": 3.0,
+            "held_out_bits_short": 3.1,
+            "short_context": 64,
+            "step_seconds": None,
+            "zlib_bits": 2.0,
+        }
+        return row | numbers | {"steps": 10, "steps_full": 1}
+
+    monkeypatch.setattr(long_text, "contend", contend)
+    line = ["long_text", "--contexts", "64", "128", "--latents", "16", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    long_text.main()
+    result = json.loads((tmp_path / "long-text.json").read_text())
+    assert result["interrupted"]
+    assert len(result["rows"]) == 3
+    assert (tmp_path / "long-text.png").stat().st_size > 0

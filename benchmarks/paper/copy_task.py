@@ -236,9 +236,7 @@ def draw_chart(training: Training, result: Result, path: Path) -> None:
     places = [run["first"] for run in result["runs"]]
     held.plot(places, [100 * run["right"] / run["told"] for run in result["runs"]], ".", color=charts.OURS)
     held.axvline(recipe.positions / 2 + training.reach, color=charts.PEER, linestyle=":")
-    held.set_xlabel(
-        "first position that a run of latents tells (dotted: the end of the window reached in training)", size=8
-    )
+    held.set_xlabel("first position of the run told (dotted: end of the window reached in training)", size=8)
     held.set_ylabel("held out, % right", size=8)
     held.xaxis.set_major_formatter("{x:,.0f}")
     for axis in (upper, lower, held):

@@ -58,7 +58,6 @@ def facts(first: int, seen: Attended, positions: int) -> list[dict[str, Any]]:
                 "strongest": seen.keys[0, :, i, 0].tolist(),
                 "share": [round(share, 4) for share in seen.shares[0, :, i, 0].tolist()],
                 "source_share": [round(share, 4) for share in at_source.sum(-1).tolist()],
-                "spread": [round(spread, 2) for spread in seen.entropy[0, :, i].exp().tolist()],
             }
         )
     return rows

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,16 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
     assert again.points == training.points
     assert [point["step"] for point in again.points] == [0, 1, 2, 3, 4]
     assert os.listdir(path.parent) == ["a.pt"]
+
+    def twice() -> Iterator[int]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        yield 1
+
+    with pytest.raises(KeyboardInterrupt):
+        list(checkpointed(again, twice(), path.parent / "b.pt"))
+    assert os.listdir(path.parent) == ["a.pt"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.cpu_only("the demo trains there")

@@ -84,9 +84,15 @@ def checkpointed(
     """The points of a training's steps as they come, saved into ``path`` now and then and at the end.
 
     Ctrl-C lets the step in progress end, saves, and raises KeyboardInterrupt then: a step is never halved.
+    Pressed again, it ends all at once; what was saved last is what there is.
     """
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
     saved = time.monotonic()
     try:
         for point in points:

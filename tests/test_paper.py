@@ -114,6 +114,7 @@ def test_the_command_trains_a_little_evaluates_and_goes_on(
     assert names == {f"copy-task-256.{ending}" for ending in ("json", "png", "pt", "safetensors")}
     assert "going on after step" in capsys.readouterr().out
     assert result["of"] == 4 * 128
+    assert result["peak_bytes"] is None or result["peak_bytes"] > 2**26
     monkeypatch.setattr(
         sys, "argv", [*line, "--minutes", "0.03", "--streamed", "--output", str(tmp_path / "s")]
     )

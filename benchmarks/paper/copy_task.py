@@ -35,7 +35,8 @@ from perceiver_kernels import PerceiverAR, PerceiverARConfig, Recomputed
 from perceiver_kernels.cli import charts
 from perceiver_kernels.cli.checkpoint import Resumable, checkpointed
 from perceiver_kernels.cli.machine import caption, provenance
-from perceiver_kernels.cli.report import CommandError, Result, out, progress, write_json
+from perceiver_kernels.cli.memory import peak_resident
+from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, write_json
 
 TRAINING, HELD_OUT = 1, 2  # seeds
 
@@ -288,10 +289,11 @@ def main() -> None:
     except KeyboardInterrupt:
         out.print(f"stopped after step {len(training.log)}; the same command goes on from {path}")
         sys.exit(130)
-    result |= {"train_seconds": training.seconds, "finished": training.done}
+    result |= {"train_seconds": training.seconds, "finished": training.done, "peak_bytes": peak_resident()}
     out.print(
         f"{recipe.positions:,} positions, {latents:,} latents: {result['right']:,} of {result['told']:,} "
-        f"mirrored tokens right ({result['accuracy']:.4%}) after {training.seconds:.0f} s of training"
+        f"mirrored tokens right ({result['accuracy']:.4%}) after {training.seconds:.0f} s of training; "
+        f"{mib(result['peak_bytes'])} MiB at most in this process"
     )
     write_json(name.with_suffix(".json"), result | {"log": training.log})
     training.model.save(name.with_suffix(".safetensors"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import Transformer
 from perceiver_kernels.cli.corpus import load_corpus
-from perceiver_kernels.cli.memory import status_bytes
+from perceiver_kernels.cli.memory import peak_resident
 from perceiver_kernels.cli.train import BYTES, HeldOut, Recipe, Training
 
 
@@ -70,7 +70,7 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
         "steps_full": len(full) - 1,
         "step_seconds": seconds,
         "seconds": training.seconds,
-        "peak_bytes": status_bytes("VmHWM"),
+        "peak_bytes": peak_resident(),
         "train_bits": [[p["seconds"], round(p["train_bits"], 4)] for p in points[:-1:10]],
     }
 

@@ -313,15 +313,11 @@ class CrossAttention(nn.Module):
         kept: Tensor | None = None,
         chunk_size: int | None = None,
     ) -> tuple[Tensor, KeyStream]:
-        """The latents' query (B, H, M, D), and the keys and values of the sources, made when they are wanted.
+        """The query (B, H, M, D) of latents (B, M, dim), and the sources' keys and values, made when wanted.
 
-        Args:
-            latents: (B, M, dim).
-            sources: the inputs, one source after the other.
-            positions, rotary: as in :meth:`attend`, of all ``total`` inputs.
-            total: inputs that the latents are the last of; None: those of the sources.
-            kept: int64 (B, total): of which positions the inputs are.
-            chunk_size: positions of each example at a time; None: the layer's.
+        ``positions`` and ``rotary`` are as in :meth:`attend`, of the ``total`` inputs (None: the sources')
+        that the latents are the last of; ``kept``, int64 (B, total), says which of them are there.
+        ``chunk_size`` None is the layer's.
         """
         total = sum(source.length for source in sources) if total is None else total
 

@@ -14,7 +14,7 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 
-from perceiver_kernels import PerceiverAR, PerceiverARConfig
+from perceiver_kernels import PerceiverAR, PerceiverARConfig, layers
 from perceiver_kernels.cli import main
 from perceiver_kernels.cli.fresh import in_fresh_process
 from perceiver_kernels.cli.memory import peak_growth
@@ -143,12 +143,21 @@ def test_refusals() -> None:
         inspect_model(PerceiverAR(CONFIG), torch.zeros(1, 9, dtype=torch.int64), chunk_size=-1)
     with pytest.raises(ValueError, match="model has no CrossAttention inside: Linear"):
         inspect_model(torch.nn.Linear(2, 2), torch.zeros(2))
-    with pytest.raises(ValueError, match="attention with cache can't be inspected"):
-        inspect_model(Generating(), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="tokens must be"):
         inspect_model(model := PerceiverAR(CONFIG), torch.zeros(9, dtype=torch.int64))
     assert model.training
     assert "attend" not in vars(model.cross.attention)
+    with pytest.raises(ValueError, match="several ranks can't be inspected"):
+        inspect_model(OnRanks(), torch.zeros(1, 3, 16))
+
+
+class OnRanks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CrossAttention(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.attend(x, x, slices=object())
 
 
 class Generating(torch.nn.Module):
@@ -157,7 +166,18 @@ class Generating(torch.nn.Module):
         self.model = PerceiverAR(CONFIG)
 
     def forward(self, prompt: Tensor) -> Tensor:
-        return self.model.generate(prompt, 2)
+        return self.model.generate(prompt, 2, use_cache=True, temperature=0.0)
+
+
+@torch.no_grad()
+def test_generation_over_a_cache_is_seen_too_and_nothing_stays_behind() -> None:
+    torch.manual_seed(0)
+    generating = Generating()
+    before = layers.perceiver_attention, layers.streamed_attention
+    (seen,) = inspect_model(generating, torch.randint(11, (1, 20))).values()
+    assert (layers.perceiver_attention, layers.streamed_attention) == before
+    assert int(seen.keys.max()) == 20  # the last step's: one latent, 21 keys
+    assert seen.keys.shape[2] == 1
 
 
 def grown(setting: dict[str, Any]) -> int | None:

@@ -8,18 +8,21 @@ its weights (``lse - sum p * score``) and how far back its weight lies, in memor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from perceiver_kernels import layers
 from perceiver_kernels.attention import perceiver_attention
 from perceiver_kernels.layers import CrossAttention, SelfAttention
 from perceiver_kernels.reference import score, visible
 from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec
-from perceiver_kernels.streaming import Rows, stream_call
+from perceiver_kernels.streaming import KeyStream
 
 CHUNK_SIZE = 1024
 Chunks = Iterable[tuple[int, Tensor]]
@@ -95,8 +98,8 @@ def inspect_model(
 ) -> dict[str, Attended]:
     """What each cross-attention of a model attends to in ``model(*inputs, **options)``, by its name.
 
-    Keys are made, and made again, chunk by chunk, whether or not the model itself is streamed. The call runs
-    in eval mode and without a graph.
+    The model runs as it is, in eval mode and without a graph; streamed, it makes its keys once more. Where a
+    layer is called more than once, the last call counts.
 
     Args:
         model: any module with :class:`perceiver_kernels.CrossAttention` layers inside.
@@ -104,21 +107,22 @@ def inspect_model(
         top, chunk_size: as in :func:`inspect_attention`.
 
     Raises:
-        ValueError: there is no such layer inside, or it reads from a cache or over several ranks.
+        ValueError: there is no such layer inside, or its keys are shared out over several ranks.
     """
     _check_sizes(top, chunk_size)
-    layers = {
+    watched = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, CrossAttention) and not isinstance(layer, SelfAttention)
     }
-    if not layers:
+    if not watched:
         raise ValueError(f"model has no CrossAttention inside: {type(model).__name__}")
     found: dict[str, Attended] = {}
     modes = {module: module.training for module in model.modules()}
     with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.enter_context(_watching(layer, name, found, top, chunk_size))
+        stack.enter_context(_ops_noted(top, chunk_size))
+        for name, layer in watched.items():
+            stack.enter_context(_watching(layer, partial(found.__setitem__, name)))
         model.eval()
         try:
             model(*inputs, **options)
@@ -128,16 +132,25 @@ def inspect_model(
     return found
 
 
+_note: ContextVar[Callable[[Attended], None] | None] = ContextVar("note", default=None)
+"""Where what is attended to goes: set inside of a watched layer's ``attend``, in its own thread."""
+
+
 @contextlib.contextmanager
-def _watching(
-    layer: CrossAttention, name: str, found: dict[str, Attended], top: int, chunk_size: int
-) -> Iterator[None]:
-    """Have ``layer.attend`` note what it attends to."""
+def _watching(layer: CrossAttention, note: Callable[[Attended], None]) -> Iterator[None]:
+    """Have ``note`` called with what ``layer.attend`` attends to."""
     attend = layer.attend
 
-    def watched(latents: Tensor, inputs: Any, **options: Any) -> Tensor:
-        found[name] = _of_layer(layer, latents, inputs, top, chunk_size, **options)
-        return attend(latents, inputs, **options)
+    def watched(*inputs: Any, **options: Any) -> Tensor:
+        if options.get("slices") is not None:
+            raise ValueError(
+                "attention over the keys of several ranks can't be inspected: call without group"
+            )
+        token = _note.set(note)
+        try:
+            return attend(*inputs, **options)
+        finally:
+            _note.reset(token)
 
     layer.attend = watched  # type: ignore[method-assign]
     try:
@@ -146,37 +159,34 @@ def _watching(
         del layer.attend
 
 
-def _of_layer(
-    layer: CrossAttention,
-    latents: Tensor,
-    inputs: Any,
-    top: int,
-    chunk_size: int,
-    *,
-    positions: Tensor | None = None,
-    rotary: Any = None,
-    key_mask: Tensor | None = None,
-    **others: Any,
-) -> Attended:
-    """What the layer attends to in ``layer.attend(latents, inputs, ...)``."""
-    unfit = [name for name, value in others.items() if value is not None]
-    if unfit:
-        raise ValueError(f"attention with {', '.join(unfit)} can't be inspected")
-    sources = [Rows(inputs)] if isinstance(inputs, Tensor) else [inputs, Rows(latents)]
-    query, stream = layer.key_stream(latents, sources, positions, rotary, chunk_size=chunk_size)
-    spec, backend = stream_call(
-        query,
-        stream,
-        kv_heads=layer.num_kv_heads,
-        value_dim=layer.value_dim,
-        key_mask=key_mask,
-        scale=layer.scale,
-        softcap=layer.softcap,
-        dropout_p=0.0,
-        backend=layer.backend,
-    )
-    _, lse = stream.forward(query, spec, backend)
-    return _summary(query, lse, stream.keys(query), stream.length, spec, top)
+@contextlib.contextmanager
+def _ops_noted(top: int, chunk_size: int) -> Iterator[None]:
+    """Have the layers' two ways to attend, the op and the walk over a stream, tell what they attend to."""
+    names = vars(layers)
+    plain, streamed = names["perceiver_attention"], names["streamed_attention"]
+
+    def noting_plain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+        note = _note.get()
+        if note is not None:
+            known = {name: value for name, value in options.items() if not name.startswith("dropout")}
+            note(inspect_attention(query, key, **known, top=top, chunk_size=chunk_size))
+        return plain(query, key, value, **options)
+
+    def noting_streamed(
+        query: Tensor, stream: KeyStream, spec: AttentionSpec, backend: str, slices: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = streamed(query, stream, spec, backend, slices=slices)
+        note = _note.get()
+        if note is not None:
+            keys = replace(stream, chunk_size=chunk_size).keys(query)
+            note(_summary(query, lse, keys, stream.length, spec, top))
+        return out, lse
+
+    names.update(perceiver_attention=noting_plain, streamed_attention=noting_streamed)
+    try:
+        yield
+    finally:
+        names.update(perceiver_attention=plain, streamed_attention=streamed)
 
 
 def _summary(

@@ -5,7 +5,6 @@ Every layer is pre-norm and returns the update only; the caller adds it to the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -282,8 +281,29 @@ class CrossAttention(nn.Module):
             key_mask = None if key_mask is None else gather_rows(key_mask, kept)
             slices = self._after_drop(slices)
         total = prefix.length + num_latents
+
+        def angles(begin: int, end: int) -> Rotary:
+            """cos and sin of the keys from ``begin`` to ``end - 1``."""
+            places = torch.arange(begin, end, device=device) if kept is None else kept[:, begin:end]
+            if rotary is not None:
+                cos, sin = (_rows_at(t, places) for t in rotary)
+                return cos, sin
+            if positions is not None:
+                places = _rows_at(positions.unsqueeze(-1), places).squeeze(-1)
+            return self.rotary(places, latents.dtype)
+
+        norm = self.norm if self.kv_norm is None else self.kv_norm
+
+        def project(x: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+            context = norm(x.to(latents.dtype))
+            key = self._heads(self.k_proj(context), self.num_kv_heads, angles(begin, end))
+            return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
+
+        weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
         sources = [prefix, Rows(latents)] if slices is None or slices.is_last else [prefix]
-        query, stream = self.key_stream(latents, sources, positions, rotary, total=total, kept=kept)
+        stream = KeyStream(sources, project, weights, self.chunk_size)
+        last = angles(total - num_latents, total)
+        query = self._heads(self.q_proj(self.norm(latents)), self.num_heads, last)
         call = stream_call(
             query,
             stream,
@@ -301,47 +321,6 @@ class CrossAttention(nn.Module):
         )
         update: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return update
-
-    def key_stream(
-        self,
-        latents: Tensor,
-        sources: Sequence[Source],
-        positions: Tensor | None,
-        rotary: Rotary | None,
-        *,
-        total: int | None = None,
-        kept: Tensor | None = None,
-        chunk_size: int | None = None,
-    ) -> tuple[Tensor, KeyStream]:
-        """The query (B, H, M, D) of latents (B, M, dim), and the sources' keys and values, made when wanted.
-
-        ``positions`` and ``rotary`` are as in :meth:`attend`, of the ``total`` inputs (None: the sources')
-        that the latents are the last of; ``kept``, int64 (B, total), says which of them are there.
-        ``chunk_size`` None is the layer's.
-        """
-        total = sum(source.length for source in sources) if total is None else total
-
-        def angles(begin: int, end: int) -> Rotary:
-            """cos and sin of the keys from ``begin`` to ``end - 1``."""
-            places = torch.arange(begin, end, device=latents.device) if kept is None else kept[:, begin:end]
-            if rotary is not None:
-                cos, sin = (_rows_at(t, places) for t in rotary)
-                return cos, sin
-            if positions is not None:
-                places = _rows_at(positions.unsqueeze(-1), places).squeeze(-1)
-            return self.rotary(places, latents.dtype)
-
-        norm = self.norm if self.kv_norm is None else self.kv_norm
-
-        def project(x: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-            context = norm(x.to(latents.dtype))
-            key = self._heads(self.k_proj(context), self.num_kv_heads, angles(begin, end))
-            return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
-
-        weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
-        last = angles(total - latents.shape[1], total)
-        query = self._heads(self.q_proj(self.norm(latents)), self.num_heads, last)
-        return query, KeyStream(sources, project, weights, chunk_size or self.chunk_size)
 
     def _heads(self, x: Tensor, heads: int, rotary: Rotary | None) -> Tensor:
         """(B, L, heads * D) to (B, heads, L, D), a transposed view: the op takes its strides as they are."""

@@ -66,7 +66,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[1].strip() == f"perceiver-kernels {pk.__version__}"
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(command in out for command in ("doctor", "verify", "bench", "demo"))
+    assert all(command in out for command in ("doctor", "verify", "bench", "demo", "inspect"))
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def test_low_precision_and_devices() -> None:
     want = inspect_attention(query.double().cpu(), key.double().cpu())
     assert got.shares.dtype == torch.float32
     torch.testing.assert_close(got.entropy.cpu().double(), want.entropy, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(got.by_distance.sum(-1).cpu(), torch.ones(1, 2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        got.by_distance.sum(-1).cpu(), torch.ones(1, 2, device="cpu"), rtol=1e-3, atol=0.0
+    )
 
 
 def layer_weights(layer: CrossAttention, inputs: Tensor, latents: int, positions: Tensor) -> Tensor:

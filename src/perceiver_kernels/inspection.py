@@ -132,8 +132,8 @@ def inspect_model(
     return found
 
 
+# Where what is attended to goes: set inside of a watched layer's attend, for no other layer or thread.
 _note: ContextVar[Callable[[Attended], None] | None] = ContextVar("note", default=None)
-"""Where what is attended to goes: set inside of a watched layer's ``attend``, in its own thread."""
 
 
 @contextlib.contextmanager

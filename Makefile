@@ -46,6 +46,7 @@ build: $(VENV)/.built
 demo: build
 	$(BIN)/perceiver-kernels demo --output demo-output
 	$(BIN)/python -m benchmarks.paper.copy_task --positions 2048 --output demo-output
+	$(BIN)/python -m benchmarks.paper.inspect_copy demo-output/copy-task-2048.safetensors --output demo-output
 
 # Once more for the Triton kernels, under their interpreter: it is chosen when a process starts.
 INTERPRETED := $(addprefix tests/test_,contract.py gradients.py dropout.py varlen.py invariants.py triton.py)

@@ -1,4 +1,4 @@
-"""Draw docs/visibility.png and docs/perceiver_ar.png, masks by the package's own rule."""
+"""Draw docs/visibility.png, perceiver_ar.png and perceiver_cost.png, masks by the package's own rule."""
 
 from __future__ import annotations
 
@@ -106,6 +106,35 @@ def draw_model() -> None:
     figure.savefig(HERE / "perceiver_ar.png", dpi=130)
 
 
+def draw_cost() -> None:
+    """Who is asked about whom: a Transformer's layer, and Perceiver AR's one reading and its layers."""
+    inputs, latents = 24, 5
+    figure = Figure(figsize=(9.5, 4.6), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(-1.2, 64), ylim=(27.5, -5.5), aspect="equal")
+    axis.axis("off")
+    for left, queries, keys, color, title in (
+        (0, inputs, inputs, "#bdbdbd", "a Transformer, in every layer:\nN x N"),
+        (29, latents, inputs, SEEN, "Perceiver AR, once:\nM x N, the cross-attention"),
+        (57, latents, latents, LATENT, "then in every layer:\nM x M"),
+    ):
+        top = inputs - queries
+        for i, row in enumerate(mask(queries, keys)):
+            for j, seen in enumerate(row):
+                cell = color if seen else HIDDEN
+                place = (left + j, top + i)
+                axis.add_patch(Rectangle(place, 0.88, 0.88, facecolor=cell, edgecolor="none"))
+        axis.annotate(title, (left, top - 1), size=9, color=INK, va="bottom")
+        axis.annotate(
+            f"{'N' if keys == inputs else 'M'} keys", (left, inputs + 1), size=8, color=SOFT, va="top"
+        )
+        name = "N queries" if queries == inputs else "M"
+        axis.annotate(name, (left - 0.5, inputs - queries / 2), size=8, color=SOFT, ha="right", va="center",
+                      rotation=90)  # fmt: skip
+    figure.savefig(HERE / "perceiver_cost.png", dpi=130)
+
+
 if __name__ == "__main__":
     draw_visibility()
     draw_model()
+    draw_cost()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from conftest import BY_NAME, DEVICE, USABLE, refusal
 
 import perceiver_kernels as pk
 from perceiver_kernels.cli import bench, charts, demo, doctor, main, measure, report, verify
+from perceiver_kernels.cli.checkpoint import checkpointed
 from perceiver_kernels.cli.corpus import deflate_bits, load_corpus, sources
 from perceiver_kernels.cli.fresh import in_fresh_process
 from perceiver_kernels.cli.memory import peak_growth
-from perceiver_kernels.cli.train import HeldOut, Recipe, train
+from perceiver_kernels.cli.train import HeldOut, Recipe, Training
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
 from perceiver_kernels.testing.peers import PEERS, Unsupported
@@ -64,7 +66,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[1].strip() == f"perceiver-kernels {pk.__version__}"
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(command in out for command in ("doctor", "verify", "bench", "demo"))
+    assert all(command in out for command in ("doctor", "verify", "bench", "demo", "inspect"))
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -268,6 +270,13 @@ def test_interrupted_training_keeps_the_model(tmp_path: Path) -> None:
     assert (tmp_path / "training.png").exists()
     points = load(tmp_path / "demo.json")["train"]["points"]
     assert points[0]["held_out_bits"] > 0
+    (tmp_path / "model.safetensors").unlink()
+    code, err = interrupt([*arguments, "--output", str(tmp_path)], lambda: _age(tmp_path) > 8)
+    assert code == 130
+    again = load(tmp_path / "demo.json")["train"]["points"]
+    assert [point["step"] for point in again] == list(range(len(again)))
+    assert again[: len(points)] == points
+    assert len(again) > len(points)
 
 
 def _age(path: Path) -> float:
@@ -327,10 +336,78 @@ def test_training_is_reproducible_and_lengthens_its_context() -> None:
     recipe = Recipe(
         context=64, latents=16, short_context=32, dim=16, depth=1, heads=1, steps=4, evaluations=2
     )
-    runs = [list(train(recipe.model(), text, recipe, lambda context: float(context))) for _ in range(2)]
+    runs = [list(Training(recipe).steps(text, float)) for _ in range(2)]
     assert [p["context"] for p in runs[0]] == [32, 32, 32, 64, 64]
     assert [p["held_out_bits"] for p in runs[0] if "held_out_bits" in p] == [32.0, 32.0, 64.0]
     assert [p.get("train_bits") for p in runs[0]] == [p.get("train_bits") for p in runs[1]]
+
+
+TINY_TRAINING = Recipe(
+    context=64, latents=16, short_context=32, dim=16, depth=1, heads=1, steps=9, evaluations=3
+)
+
+
+@pytest.mark.cpu_only("the demo trains there")
+@pytest.mark.parametrize("stop", [0, 3, 6, 9])
+def test_training_goes_on_to_the_same_bits(tmp_path: Path, stop: int) -> None:
+    text = load_corpus()[0][:50_000]
+    whole, first = Training(TINY_TRAINING), Training(TINY_TRAINING)
+    points = [{**point, "seconds": 0} for point in whole.steps(text, float)]
+    assert len(points) == 10
+    for point in first.steps(text, float):
+        if point["step"] == stop:
+            break
+    first.save(tmp_path / "a.pt")
+    torch.rand(5)  # what torch's own generator does in between is of no account
+    again = Training.load(tmp_path / "a.pt", TINY_TRAINING)
+    assert len(list(again.steps(text, float))) == 9 - stop
+    assert [{**point, "seconds": 0} for point in again.points] == points
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cpu_only("the demo trains there")
+def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
+    path, before = tmp_path / "new" / "a.pt", signal.getsignal(signal.SIGINT)
+    training = Training.load_or_begin(path, TINY_TRAINING)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for point in checkpointed(training, training.steps(load_corpus()[0][:50_000], float), path):
+            if point["step"] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    again = Training.load_or_begin(path, TINY_TRAINING)
+    assert again.points == training.points
+    assert [point["step"] for point in again.points] == [0, 1, 2, 3, 4]
+    assert os.listdir(path.parent) == ["a.pt"]
+
+    def twice() -> Iterator[int]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        yield 1
+
+    with pytest.raises(KeyboardInterrupt):
+        list(checkpointed(again, twice(), path.parent / "b.pt"))
+    assert os.listdir(path.parent) == ["a.pt"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.cpu_only("the demo trains there")
+def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    training = Training(TINY_TRAINING)
+    training.save(path)
+    with pytest.raises(report.CommandError, match="made by another recipe"):
+        Training.load(path, Recipe())
+    data = path.read_bytes()
+    at = data.index(training.model.token_embedding.weight.detach().numpy().tobytes())
+    for damaged in (b"", data[: len(data) // 2], b"no checkpoint", data[:at] + bytes(4) + data[at + 4 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(report.CommandError, match=r"a\.pt is no checkpoint of this training"):
+            Training.load(path, TINY_TRAINING)
+    for foreign in ([1, 2], {"recipe": vars(TINY_TRAINING)}):
+        torch.save(foreign, path)
+        with pytest.raises(report.CommandError, match=r"a\.pt is no checkpoint of this training"):
+            Training.load(path, TINY_TRAINING)
 
 
 def test_counts_visible_pairs() -> None:

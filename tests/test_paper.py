@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.paper import context_scaling, copy_task, training_step
+from benchmarks.paper import (
+    context_scaling,
+    copy_task,
+    inspect_copy,
+    latents_at_test_time,
+    long_text,
+    text_training,
+    training_step,
+)
 from benchmarks.paper.copy_task import Recipe, Training
 from perceiver_kernels.cli.report import CommandError
 
@@ -70,7 +78,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     at = data.index(training.model.token_embedding.weight.detach().numpy().tobytes())
     for damaged in (b"", data[: len(data) // 2], b"no checkpoint", data[:at] + bytes(4) + data[at + 4 :]):
         path.write_bytes(damaged)
-        with pytest.raises(CommandError, match=r"a\.pt is no checkpoint of this task"):
+        with pytest.raises(CommandError, match=r"a\.pt is no checkpoint of this training"):
             Training.load(path, TINY)
 
 
@@ -84,7 +92,8 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.
         return step(self)
 
     monkeypatch.setattr(Training, "step", interrupted)
-    assert not copy_task.train(training, path, minutes=1, save_minutes=1)
+    with pytest.raises(KeyboardInterrupt):
+        copy_task.train(training, path, minutes=1, save_minutes=1)
     assert signal.getsignal(signal.SIGINT) is before
     assert losses(Training.load(path, TINY)) == losses(training)
     assert len(training.log) == 3
@@ -104,6 +113,31 @@ def test_the_command_trains_a_little_evaluates_and_goes_on(
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"copy-task-256.{ending}" for ending in ("json", "png", "pt", "safetensors")}
     assert "going on after step" in capsys.readouterr().out
+    assert result["of"] == 4 * 128
+    assert result["peak_bytes"] is None or result["peak_bytes"] > 2**26
+    monkeypatch.setattr(
+        sys, "argv", [*line, "--minutes", "0.03", "--streamed", "--output", str(tmp_path / "s")]
+    )
+    copy_task.main()
+    monkeypatch.setattr(sys, "argv", [*line, "--minutes", "0", "--streamed", "--evaluate-minutes", "0"])
+    with pytest.raises(SystemExit):
+        copy_task.main()  # the checkpoint is one of another recipe
+    assert "made by another recipe" in capsys.readouterr().err
+    sys.argv += ["--output", str(tmp_path / "s")]
+    copy_task.main()
+    result = json.loads((tmp_path / "s" / "copy-task-256.json").read_text())
+    assert (result["told"], result["of"], len(result["runs"])) == (16, 4 * 128, 1)
+    inspected = ["inspect_copy", str(tmp_path / "copy-task-256.safetensors"), "--output", str(tmp_path / "i")]
+    monkeypatch.setattr(sys, "argv", [*inspected, "--runs", "3", "--latents", "5"])
+    inspect_copy.main()
+    assert {path.name for path in (tmp_path / "i").iterdir()} == {
+        "inspect-copy-256.json",
+        "inspect-copy-256.png",
+    }
+    result = json.loads((tmp_path / "i" / "inspect-copy-256.json").read_text())
+    rows = result["rows"]
+    assert [row["latent"] for row in rows] == [*range(127, 132), *range(188, 193), *range(250, 255)]
+    assert all(row["latent"] + row["source"] == 254 for row in rows)
     for wrong in (["--positions", "1000"], ["--latents", "0"]):
         monkeypatch.setattr(sys, "argv", [*line, *wrong])
         with pytest.raises(SystemExit):
@@ -133,12 +167,15 @@ def test_evaluation_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     oracle = Oracle(TINY.positions)
     monkeypatch.setattr(copy_task, "predict", oracle)
     counts = list(copy_task.evaluate(TINY.model(), TINY, sequences=2))  # 24 latents don't divide 128
-    assert sum(told for _, told in counts) == sum(right for right, _ in counts) == 2 * 128
-    assert oracle.told == [*range(128, 256)] * 2
+    assert sum(told for *_, told in counts) == sum(right for _, right, _ in counts) == 2 * 128
+    assert sorted(oracle.told) == sorted([*range(128, 256)] * 2)
+    firsts = [begin for begin, *_ in counts]
+    assert firsts[:6] == firsts[6:]
+    assert firsts[:3] == [128, 128 + 4 * 24, 128 + 2 * 24]  # any first few are spread evenly
 
 
 def test_an_untrained_model_guesses() -> None:
-    right, told = map(sum, zip(*copy_task.evaluate(TINY.model(), TINY, sequences=4), strict=True))
+    _, right, told = map(sum, zip(*copy_task.evaluate(TINY.model(), TINY, sequences=4), strict=True))
     assert 0.05 < right / told < 0.3
 
 
@@ -175,6 +212,8 @@ def test_predict_is_the_model_and_windows_keep_their_places() -> None:
     got = copy_task.predict(model, tokens, 0, 24)
     torch.testing.assert_close(got, model(tokens, num_latents=24), rtol=1e-9, atol=1e-9)
     assert (copy_task.predict(model, tokens, 50, 24) - got).abs().max() > 1e-6
+    streamed = Recipe(**{**vars(TINY), "depth": 2, "streamed": True}).model().double().eval()
+    torch.testing.assert_close(copy_task.predict(streamed, tokens, 0, 24), got, rtol=1e-9, atol=1e-9)
 
 
 SETTING = {"dim": 32, "depth": 2, "heads": 2, "latents": 16, "prefix_dropout": 0.0}
@@ -214,3 +253,103 @@ def test_reach_interpolates_and_says_when_it_ends() -> None:
     assert context_scaling.reach(rows, "s", 9.0) == (pytest.approx(3000), False)
     assert context_scaling.reach(rows, "s", 16.0) == (4000, True)
     assert context_scaling.reach(rows, "s", 0.5) == (0.0, False)
+
+
+def test_latents_at_test_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    size = ["--minutes", "0.01", "--context", "128", "--latents", "48", "--scored", "16", "--windows", "3"]
+    monkeypatch.setattr(sys, "argv", ["latents_at_test_time", *size, "--output", str(tmp_path)])
+    latents_at_test_time.main()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+    result = json.loads((tmp_path / "latents-at-test-time.json").read_text())
+    assert [row["latents"] for row in result["rows"]] == [16, 32, 48, 64, 128]
+    assert all(0 < row["bits"] < 10 and row["median_s"] > 0 for row in result["rows"])
+    monkeypatch.setattr(sys, "argv", ["latents_at_test_time", "--scored", "64", "--latents", "32"])
+    with pytest.raises(SystemExit):
+        latents_at_test_time.main()
+    assert "must rise, from 1: got 64, 32 and 8192" in capsys.readouterr().err
+
+
+class Recalling(torch.nn.Module):
+    """Tells every token from its own place: what :func:`latents_at_test_time.score` must line up."""
+
+    def forward(self, tokens: Tensor, num_latents: int) -> Tensor:
+        return 9.0 * torch.nn.functional.one_hot((tokens + 1)[:, -num_latents:] % 256, 256).float()
+
+
+def test_scored_bytes_are_the_same_for_every_number_of_latents() -> None:
+    text = torch.arange(5000, dtype=torch.int64).remainder(256).to(torch.uint8)
+    pieces = latents_at_test_time.windows(text, 64, 4)
+    assert pieces.shape == (4, 65)
+    for latents in (8, 20, 64):
+        bits = [bits for bits, _ in latents_at_test_time.score(Recalling(), pieces, latents, scored=8)]
+        assert len(bits) == 4
+        assert max(bits) < 0.06  # log2(1 + 255 / e^9); any other byte costs 13 bits
+
+
+SCORING = {"threads": 1, "memory_bytes": 2**33, "longest": 128, "runs": 2, "windows": 1}
+CONTENDER: dict[str, Any] = {
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "latents": 16,
+    "context": 64,
+    "short_context": 32,
+}
+
+
+@pytest.mark.parametrize("kind", long_text.NAMES)
+def test_long_text_trains_and_scores_both_on_the_same_bytes(kind: str) -> None:
+    setting = {**SCORING, "threads": torch.get_num_threads()}
+    recipe = text_training.Contender(kind=kind, seconds=0.8, **CONTENDER)
+    row = long_text.contend(recipe, setting)
+    assert "error" not in row, row
+    assert (row["kind"], row["context"], row["scored_bytes"]) == (kind, 64, 32)
+    assert row["steps"] > row["steps_full"] > 0
+    assert 2 < row["held_out_bits"] < 9
+    assert row["train_bits"][-1][1] < row["train_bits"][0][1]
+
+
+def test_long_text_says_what_does_not_fit() -> None:
+    late = text_training.Contender(kind="transformer", seconds=1e-3, **CONTENDER)
+    assert long_text.contend(late, SCORING)["error"] == "not one step in 0 s"
+    large = text_training.Contender(kind="transformer", seconds=60, **{**CONTENDER, "context": 2**20})
+    assert long_text.contend(large, SCORING | {"memory_bytes": 2**29})["error"] == "out of memory"
+
+
+def test_the_transformer_learns_from_all_and_is_scored_on_the_last() -> None:
+    model = text_training.Contender(kind="transformer", **CONTENDER).model()
+    tokens = torch.randint(256, (1, 64))
+    whole = model(tokens, num_latents=16)
+    assert whole.shape == (1, 64, 256)
+    assert torch.equal(model.eval()(tokens, num_latents=16), whole[:, -16:])
+
+
+def test_long_text_draws_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+
+    def contend(recipe: text_training.Contender, setting: dict[str, Any]) -> dict[str, Any]:
+        row = {"kind": recipe.kind, "context": recipe.context}
+        if recipe.context == 128:
+            if recipe.kind == "perceiver_ar":
+                raise KeyboardInterrupt
+            return row | {"error": "not one step in 24 s"}
+        numbers = {
+            "held_out_bits": 3.0,
+            "held_out_bits_short": 3.1,
+            "short_context": 64,
+            "step_seconds": None,
+            "zlib_bits": 2.0,
+        }
+        return row | numbers | {"steps": 10, "steps_full": 1}
+
+    monkeypatch.setattr(long_text, "contend", contend)
+    line = ["long_text", "--contexts", "64", "128", "--latents", "16", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    long_text.main()
+    result = json.loads((tmp_path / "long-text.json").read_text())
+    assert result["interrupted"]
+    assert len(result["rows"]) == 3
+    assert (tmp_path / "long-text.png").stat().st_size > 0

@@ -62,9 +62,8 @@ def label(name: str, setting: dict[str, Any]) -> str:
     }[name]
 
 
-def series(name: str, setting: dict[str, Any], contexts: list[int], limits: tuple[float, float]) -> Any:
+def series(name: str, setting: dict[str, Any], contexts: list[int], room: float) -> Any:
     """Rows of one contender, shortest context first, until the next would be too slow or too large."""
-    seconds, room = limits
     for context in contexts:
         kind = "perceiver_ar_streamed" if name == DROPPED else name
         dropout = setting["prefix_dropout"] if name == DROPPED else 0.0
@@ -77,7 +76,7 @@ def series(name: str, setting: dict[str, Any], contexts: list[int], limits: tupl
             return
         row["median_s"] = statistics.median(row["seconds"])
         yield row
-        if row["median_s"] > seconds or (row["peak_bytes"] or 0) > room:
+        if row["median_s"] > setting["limit"] or (row["peak_bytes"] or 0) > room:
             return
 
 
@@ -147,6 +146,7 @@ def draw(result: Result, path: Path) -> None:
         axis.set_yscale("log")
         contexts = sorted({row["context"] for row in result["rows"]})
         axis.set_xticks(contexts, [f"{n:,}" for n in contexts], size=8)
+        axis.tick_params(labelsize=8, which="both")
         axis.set_xlabel("context of a prediction, tokens", size=8)
         axis.set_title(title, size=9, loc="left")
     handles, names = panels[0].get_legend_handles_labels()
@@ -194,7 +194,7 @@ def main() -> None:
         if value < 128 or value & (value - 1):
             parser.error(f"--{name} must be a power of 2 of at least 128, got {value}")
     charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show before minutes of measuring
-    names = ("dim", "depth", "heads", "latents", "prefix_dropout", "repeat", "threads")
+    names = ("dim", "depth", "heads", "latents", "prefix_dropout", "repeat", "limit", "threads")
     setting = {name: getattr(args, name) for name in names}
     result: Result = {
         **provenance(),
@@ -204,14 +204,13 @@ def main() -> None:
     }
     result["machine"]["threads"] = args.threads
     contexts = [2**i for i in range(args.shortest.bit_length() - 1, args.longest.bit_length())]
-    # Twice the context takes up to four times the memory.
-    limits = (args.limit, memory_bytes() / 6)
+    room = memory_bytes() / 6  # twice the context takes up to four times the memory
     try:
         with progress() as bar:
             task = bar.add_task("", total=len(args.only) * len(contexts))
             for i, name in enumerate(args.only):
                 bar.update(task, description=name)
-                for row in series(name, setting, contexts, limits):
+                for row in series(name, setting, contexts, room):
                     result["rows"].append(row)
                     told = row.get("error") or f"{row['median_s']:.3f} s, {mib(row['peak_bytes'])} MiB"
                     bar.console.print(f"{name} {row['context']:,}: {told}")

@@ -2,13 +2,15 @@
 
     python -m benchmarks.paper.copy_task                      131,072 positions, 1,024 latents
     python -m benchmarks.paper.copy_task --positions 2048     the same in two minutes
+    python -m benchmarks.paper.copy_task --positions 1048576 --streamed --evaluate-minutes 15
 
 Straight training on so long a context stays on the floor: at first each key gets 1/N of the gradient. So the
 context grows. Positions are the absolute sinusoids of the full length from the start, training sees a window
 around the mirror point, and the window doubles whenever accuracy passes 99 % (which position to copy from,
 j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. The final
 evaluation is at full length with nothing left out: every token of the second half of sequences never seen,
-each from all that stands before it.
+each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there is time for,
+spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the positions.
 
 Ctrl-C, or running out of --minutes, leaves a checkpoint; the same command goes on from it, to the same bits.
 """
@@ -17,12 +19,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
-import signal
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,10 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_kernels import PerceiverAR, PerceiverARConfig
+from perceiver_kernels import PerceiverAR, PerceiverARConfig, Recomputed
 from perceiver_kernels.cli import charts
+from perceiver_kernels.cli.checkpoint import Resumable, checkpointed
 from perceiver_kernels.cli.machine import caption, provenance
-from perceiver_kernels.cli.report import CommandError, Result, out, progress, write_json
+from perceiver_kernels.cli.memory import peak_resident
+from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, write_json
 
 TRAINING, HELD_OUT = 1, 2  # seeds
 
@@ -58,6 +59,7 @@ class Recipe:
     patience: int = 600  # or after so many steps there
     cooldown: int = 300  # steps in which it falls to 0
     warmup: int = 20
+    streamed: bool = False
 
     def model(self) -> PerceiverAR:
         """A fresh model, the same every time."""
@@ -71,6 +73,7 @@ class Recipe:
             num_latents=self.latents,
             positions="sinusoidal",
             rotary_fraction=0.0,
+            streamed=self.streamed,
         )
         return PerceiverAR(config)
 
@@ -78,15 +81,24 @@ class Recipe:
 def predict(model: PerceiverAR, tokens: Tensor, first: int, latents: int) -> Tensor:
     """Logits (B, latents, vocabulary) of what follows each of the last of ``tokens`` (B, n)."""
     places = torch.arange(first, first + tokens.shape[1])
-    inputs = model.embed(tokens, places)
-    return model.logits(model.read(inputs[:, -latents:], inputs, places))
+    if not model.config.streamed:
+        inputs = model.embed(tokens, places)
+        return model.logits(model.read(inputs[:, -latents:], inputs, places))
+    prefix = Recomputed(
+        lambda begin, end: model.embed(tokens[:, begin:end], places[begin:end], in_chunks=True),
+        tokens.shape[1] - latents,
+        [model.token_embedding.weight],
+    )
+    return model.logits(model.read(model.embed(tokens[:, -latents:], places[-latents:]), prefix, places))
 
 
-class Training:
-    """A model in training: everything that the next step depends on, so that it can be saved and taken up."""
+class Training(Resumable):
+    """A model in training."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        super().__init__(recipe)
         self.model = recipe.model()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
@@ -103,6 +115,11 @@ class Training:
     def done(self) -> bool:
         """Whether the learning rate has come down to 0."""
         return self.cooling >= self.recipe.cooldown
+
+    def steps(self, minutes: float) -> Iterator[dict[str, Any]]:
+        """What there is to log of every step until it's done or has taken so many minutes."""
+        while not self.done and self.seconds < 60 * minutes:
+            yield self.step()
 
     def step(self) -> dict[str, Any]:
         """One step; returns what there is to log."""
@@ -143,93 +160,72 @@ class Training:
                 self.cooling += 1
         return point
 
-    def save(self, path: Path) -> None:
-        """Write everything into one file, whole or not at all."""
-        state = {name: value for name, value in vars(self).items() if name not in PARTS}
-        state |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-        state |= {"recipe": asdict(self.recipe), "draw": self.draw.get_state()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
-
-    @classmethod
-    def load(cls, path: Path, recipe: Recipe) -> Training:
-        """Take up what :meth:`save` wrote. CommandError: a damaged file, or one of another recipe."""
-        try:
-            with zipfile.ZipFile(path) as file:  # torch itself looks at no checksum
-                if file.testzip() is not None:
-                    raise ValueError("its checksum is wrong")
-            state = torch.load(path, weights_only=True)
-            if state["recipe"] != asdict(recipe):
-                raise CommandError(f"{path} was made by another recipe; remove it or give another --output")
-            training = cls(recipe)
-            training.draw.set_state(state["draw"])
-            for name in ("model", "optimizer"):
-                getattr(training, name).load_state_dict(state[name])
-            vars(training).update({name: state[name] for name in vars(training) if name not in PARTS})
-        except CommandError:
-            raise
-        except Exception as error:  # torch names no common base for what a damaged file can raise
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CommandError(f"{path} is no checkpoint of this task: {problem}") from error
-        return training
-
-
-PARTS = ("recipe", "model", "optimizer", "draw")  # of a Training: saved each in its own way
-
 
 @torch.no_grad()
-def evaluate(model: PerceiverAR, recipe: Recipe, sequences: int) -> Iterator[tuple[int, int]]:
-    """(tokens right, tokens told) run by run: together the whole second half of every held-out sequence."""
+def evaluate(model: PerceiverAR, recipe: Recipe, sequences: int) -> Iterator[tuple[int, int, int]]:
+    """(first position, tokens right, tokens told) of each run of latents.
+
+    Together they are the whole second half of every held-out sequence. Runs of a sequence come in the order
+    of their reversed bits: any first few of them are spread evenly.
+    """
     model.eval()
     middle, draw = recipe.positions // 2, torch.Generator().manual_seed(HELD_OUT)
+    runs = -(-middle // recipe.latents)
+    order = sorted(range(runs), key=lambda run: f"{run:0{runs.bit_length()}b}"[::-1])
     for _ in range(sequences):
         half = torch.randint(recipe.vocabulary, (1, middle), generator=draw)
         sequence = torch.cat((half, half.flip(1)), dim=1)
-        for begin in range(middle, 2 * middle, recipe.latents):
+        for run in order:
+            begin = middle + run * recipe.latents
             targets = sequence[:, begin : begin + recipe.latents]
             told = targets.shape[1]
             logits = predict(model, sequence[:, : begin + told - 1], 0, told)
-            yield int((logits.argmax(-1) == targets).sum()), told
+            yield begin, int((logits.argmax(-1) == targets).sum()), told
     model.train()
 
 
-def train(training: Training, path: Path, minutes: float, save_minutes: float) -> bool:
-    """Train until done, or out of time, or Ctrl-C; whether it is to be evaluated (not after Ctrl-C)."""
-    stop: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
-    saved = time.monotonic()
+def train(training: Training, path: Path, minutes: float, save_minutes: float) -> None:
+    """Train until done or out of time. KeyboardInterrupt: after Ctrl-C, with everything saved."""
     stages = 1 + round(math.log2(training.recipe.positions / 2 / training.recipe.first_reach))
-    try:
-        with progress() as bar:
-            task = bar.add_task("training", total=stages)
-            while not training.done and not stop and training.seconds < 60 * minutes:
-                point = training.step()
-                doublings = round(math.log2(training.reach / training.recipe.first_reach))
-                stage = doublings + (training.cooling > 0)
-                text = f"{point['positions']:,} positions, step {point['step']}, "
-                text += f"accuracy {point['smoothed']:.2%}"
-                bar.update(task, completed=stage, description=text)
-                if point["positions"] < 2 * training.reach:
-                    bar.console.print(f"{point['seconds']:7.1f} s  {text}: the window doubles")
-                if time.monotonic() - saved > 60 * save_minutes:
-                    training.save(path)
-                    saved = time.monotonic()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    training.save(path)
-    return not stop
+    with progress() as bar:
+        task = bar.add_task("training", total=stages)
+        for point in checkpointed(training, training.steps(minutes), path, 60 * save_minutes):
+            doublings = round(math.log2(training.reach / training.recipe.first_reach))
+            text = f"{point['positions']:,} positions, step {point['step']}, "
+            text += f"accuracy {point['smoothed']:.2%}"
+            bar.update(task, completed=doublings + (training.cooling > 0), description=text)
+            if point["positions"] < 2 * training.reach:
+                bar.console.print(f"{point['seconds']:7.1f} s  {text}: the window doubles")
 
 
-def draw_chart(training: Training, accuracy: float, path: Path, foot: str) -> None:
-    """Accuracy of every training step, and the window that it was reached in, over time."""
-    figure, (upper, lower) = charts.canvas(1, 2, (8, 5.4))
+def tell(training: Training, sequences: int, minutes: float) -> Result:
+    """Evaluate at full length, in at most so many minutes: counts, and those of each run."""
+    recipe, begin = training.recipe, time.perf_counter()
+    total = sequences * -(-recipe.positions // 2 // recipe.latents)
+    runs: list[dict[str, int]] = []
+    right = told = 0
+    with progress() as bar:
+        task = bar.add_task("evaluating at full length", total=total)
+        for first, hits, count in evaluate(training.model, recipe, sequences):
+            runs.append({"first": first, "right": hits, "told": count})
+            right, told = right + hits, told + count
+            bar.update(task, advance=1, description=f"evaluating at full length, {right:,} of {told:,} right")
+            if time.perf_counter() - begin > 60 * minutes:
+                break
+    seconds = time.perf_counter() - begin
+    counts = {"accuracy": right / told, "right": right, "told": told, "of": sequences * recipe.positions // 2}
+    return {"evaluation_seconds": seconds, "trained_window": 2 * training.reach, **counts, "runs": runs}
+
+
+def draw_chart(training: Training, result: Result, path: Path) -> None:
+    """Accuracy of every training step and its window over time; accuracy held out over positions."""
+    figure, (upper, lower, held) = charts.canvas(1, 3, (8, 7.6))
     seconds = [point["seconds"] for point in training.log]
     upper.plot(seconds, [100 * p["accuracy"] for p in training.log], ".", color=charts.OURS, markersize=2)
     recipe = training.recipe
     upper.set_title(
         f"Mirrored copy, {recipe.positions:,} positions, {recipe.latents:,} latents: "
-        f"{accuracy:.3%} of the second half of held-out sequences",
+        f"{result['right']:,} of {result['told']:,} tokens held out right ({result['accuracy']:.3%})",
         size=9,
         loc="left",
     )
@@ -238,7 +234,15 @@ def draw_chart(training: Training, accuracy: float, path: Path, foot: str) -> No
     lower.set_yscale("log", base=2)
     lower.set_ylabel("positions in the window", size=8)
     lower.set_xlabel("seconds of training", size=8)
-    charts.save(figure, path, foot)
+    places = [run["first"] for run in result["runs"]]
+    held.plot(places, [100 * run["right"] / run["told"] for run in result["runs"]], ".", color=charts.OURS)
+    held.axvline(recipe.positions / 2 + training.reach, color=charts.PEER, linestyle=":")
+    held.set_xlabel("first position of the run told (dotted: end of the window reached in training)", size=8)
+    held.set_ylabel("held out, % right", size=8)
+    held.xaxis.set_major_formatter("{x:,.0f}")
+    for axis in (upper, lower, held):
+        axis.tick_params(labelsize=8)
+    charts.save(figure, path, caption(result))
 
 
 def main() -> None:
@@ -252,6 +256,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40.0, help="longest training (%(default)s)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints (%(default)s)")
     parser.add_argument("--sequences", type=int, default=4, help="held-out sequences (%(default)s)")
+    parser.add_argument(
+        "--evaluate-minutes", type=float, default=math.inf, help="at most (default: no limit)"
+    )
+    parser.add_argument("--streamed", action="store_true", help="walk the positions in chunks")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--output", type=Path, default=Path("copy-task"), metavar="DIR", help="%(default)s")
     args = parser.parse_args()
@@ -263,38 +271,33 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show at once
-    recipe = Recipe(positions=args.positions, latents=latents, depth=args.depth)
+    recipe = Recipe(positions=args.positions, latents=latents, depth=args.depth, streamed=args.streamed)
     name = args.output / f"copy-task-{args.positions}"
     path = name.with_suffix(".pt")
     command = shlex.join(["python", "-m", "benchmarks.paper.copy_task", *sys.argv[1:]])
     result: Result = {**provenance(), "command": command, "recipe": asdict(recipe)}
     try:
-        training = Training.load(path, recipe) if path.exists() else Training(recipe)
+        training = Training.load_or_begin(path, recipe)
     except CommandError as error:
         parser.exit(2, f"{error}\n")
     result["parameters"] = sum(p.numel() for p in training.model.parameters())
     if training.log:
         out.print(f"{path}: going on after step {len(training.log)}, {training.seconds:.0f} s of training")
-    if not train(training, path, args.minutes, args.save_minutes):
+    try:
+        train(training, path, args.minutes, args.save_minutes)
+        result |= tell(training, args.sequences, args.evaluate_minutes)
+    except KeyboardInterrupt:
         out.print(f"stopped after step {len(training.log)}; the same command goes on from {path}")
         sys.exit(130)
-    right = told = 0
-    begin = time.perf_counter()
-    with progress() as bar:
-        runs = -(-recipe.positions // 2 // latents)
-        task = bar.add_task("evaluating at full length", total=args.sequences * runs)
-        for hits, count in evaluate(training.model, recipe, args.sequences):
-            right, told = right + hits, told + count
-            bar.update(task, advance=1, description=f"evaluating at full length, {right:,} of {told:,} right")
-    result |= {"train_seconds": training.seconds, "evaluation_seconds": time.perf_counter() - begin}
-    result |= {"finished": training.done, "accuracy": right / told, "right": right, "told": told}
+    result |= {"train_seconds": training.seconds, "finished": training.done, "peak_bytes": peak_resident()}
     out.print(
-        f"{recipe.positions:,} positions, {latents:,} latents: {right:,} of {told:,} mirrored tokens right "
-        f"({right / told:.4%}) after {training.seconds:.0f} s of training"
+        f"{recipe.positions:,} positions, {latents:,} latents: {result['right']:,} of {result['told']:,} "
+        f"mirrored tokens right ({result['accuracy']:.4%}) after {training.seconds:.0f} s of training; "
+        f"{mib(result['peak_bytes'])} MiB at most in this process"
     )
     write_json(name.with_suffix(".json"), result | {"log": training.log})
     training.model.save(name.with_suffix(".safetensors"))
-    draw_chart(training, right / told, name.with_suffix(".png"), caption(result))
+    draw_chart(training, result, name.with_suffix(".png"))
     if training.done:
         path.unlink()  # the same command begins anew
 

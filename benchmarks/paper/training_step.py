@@ -84,7 +84,8 @@ def run(setting: dict[str, Any], context: int) -> Callable[[], None]:
 def measure(setting: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of the first step, the model's and the optimiser's own included, and seconds of later ones.
 
-    ``setting``: what :func:`build` takes, and context, repeat, threads.
+    ``setting``: what :func:`build` takes, and context, repeat (but none after a step of over ``limit``
+    seconds), threads.
     """
     torch.set_num_threads(setting["threads"])
     if setting["kind"] == "perceiver_ar_eager":
@@ -102,4 +103,6 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
         holder[0]()
         seconds.append(time.perf_counter() - begin)
+        if seconds[-1] > setting["limit"]:
+            break
     return {"peak_bytes": peak, "seconds": seconds}

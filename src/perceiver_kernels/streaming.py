@@ -155,6 +155,12 @@ class KeyStream:
                 merge.add(*attend(at + begin, at + end, read))
         return merge.result()
 
+    def keys(self, query: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """First index and keys (B, Hkv, n, D) of every chunk, in the query's dtype, without a graph."""
+        for _, begin, end, at, read in self._walk(query.device):
+            with torch.no_grad():
+                yield at + begin, self.project(read(), at + begin, at + end)[0].to(query.dtype)
+
     def backward(
         self,
         dout: Tensor,

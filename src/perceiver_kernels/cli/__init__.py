@@ -1,4 +1,4 @@
-"""The `perceiver-kernels` command: doctor, verify, bench, tune, demo, gpu-check."""
+"""The `perceiver-kernels` command: doctor, verify, bench, tune, demo, inspect, gpu-check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_kernels import __version__
-from perceiver_kernels.cli import bench, demo, doctor, gpu_check, tune, verify
+from perceiver_kernels.cli import bench, demo, doctor, gpu_check, inspect, tune, verify
 from perceiver_kernels.cli.machine import provenance
 from perceiver_kernels.cli.report import CommandError, Result, claim, err, write_json
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "bench": bench,
     "tune": tune,
     "demo": demo,
+    "inspect": inspect,
     "gpu-check": gpu_check,
 }
 USAGE_ERROR, INTERRUPTED = 2, 130

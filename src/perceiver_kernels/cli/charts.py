@@ -1,4 +1,4 @@
-"""The PNGs: bench bars, training curve, before and after. matplotlib is imported only when one is drawn."""
+"""The PNGs: bench, training, swap, inspection. matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from perceiver_kernels.inspection import Attended
+
 OURS, PEER, INK = "#2166ac", "#b8b8b8", "#333333"
 OUR_SHADES, PEER_SHADES = (
     (OURS, "#67a9cf", "#053061"),
     ("#d0d0d0", "#a8a8a8", "#808080", "#585858", "#e8e0d0"),
 )
+HEADS = (OURS, "#d6604d", "#5aae61", "#8c6bb1", "#dd8452", "#67a9cf", "#333333", "#e7298a")
 KINDS = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
 
@@ -196,6 +199,49 @@ def swap_chart(before: dict[str, Any], after: dict[str, Any], path: Path, captio
         axis.bar_label(bars, fmt="%.2f", size=9)
         axis.set_title(unit, size=9, loc="left")
         axis.tick_params(labelsize=8)
+    save(figure, path, caption)
+
+
+def inspection_chart(layers: dict[str, Attended], total: int, path: Path, caption: str) -> None:
+    """One row for each cross-attention: strongest keys, entropy and distance, a colour for each head.
+
+    ``total``: positions of the input, whose last are the latents. The first example is drawn.
+    """
+    figure, axes = canvas(3, len(layers), (13, 4.2 * len(layers) + 0.4))
+    for row, (name, seen) in enumerate(layers.items()):
+        keys, shares = seen.keys[0].cpu(), seen.shares[0].float().cpu()
+        where, spread, far = axes[3 * row : 3 * row + 3]
+        latents = list(range(total - keys.shape[1], total))
+        for head in range(seen.heads):
+            color = HEADS[head % len(HEADS)]
+            top, share = keys[head, :, 0], shares[head, :, 0]
+            faint: Any = share.clamp(0.08, 1.0)  # one for each point
+            where.scatter(top, latents, s=3, color=color, alpha=faint, linewidths=0)
+            breadth = seen.entropy[0, head].float().exp().cpu()
+            spread.plot(latents, breadth, color=color, linewidth=0.8, label=f"head {head}")
+            far.stairs(
+                100 * seen.by_distance[0, head].float().cpu(),
+                range(len(seen.edges)),
+                color=color,
+                linewidth=1.2,
+            )
+        where.plot([latents[0], latents[-1]], [latents[0], latents[-1]], color=PEER, linewidth=0.6, zorder=0)
+        where.set(
+            xlim=(-0.01 * total, 1.01 * total), xlabel="position of the strongest key (the fainter, the less)"
+        )
+        where.set_ylabel("position of the latent")
+        where.set_title(name, size=9, loc="left")
+        spread.set(yscale="log", xlabel="position of the latent")
+        spread.set_title("keys that the weight is spread over: exp(entropy)", size=9, loc="left")
+        spread.legend(frameon=False, fontsize=7, ncols=4)
+        marks = range(0, len(seen.edges) - 1, 2)
+        far.set_xticks(marks, [f"{int(seen.edges[e]):,}" for e in marks], size=6, rotation=45)
+        far.set(ylim=0, xlabel="distance from the latent, positions")
+        far.set_title("share of the weight at that distance, %", size=9, loc="left")
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
     save(figure, path, caption)
 
 

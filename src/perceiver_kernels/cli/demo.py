@@ -1,7 +1,7 @@
 """The main job on real input: verify, bench three shapes, train on real text, swap into another model.
 
 The text is Python's own standard library, which every machine has. Everything measured, drawn and trained
-goes to the output folder. Ctrl-C ends it early and keeps what there is.
+goes to the output folder. Ctrl-C ends it early and keeps what there is: training goes on from there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from rich.text import Text
 import perceiver_kernels as pk
 from perceiver_kernels.cli import bench, charts, swap, verify
 from perceiver_kernels.cli.bench import PRESETS, positive
+from perceiver_kernels.cli.checkpoint import checkpointed
 from perceiver_kernels.cli.corpus import load_corpus
 from perceiver_kernels.cli.fresh import in_fresh_process
 from perceiver_kernels.cli.machine import caption
 from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, write_json
-from perceiver_kernels.cli.train import HeldOut, Recipe, continuation, train
+from perceiver_kernels.cli.train import HeldOut, Recipe, Training, continuation
 
 SUMMARY = "verify, bench, train on real text, swap into another model (6 minutes on 2 cores)"
 PARTS = ("verify", "bench", "train", "swap")
@@ -111,13 +112,16 @@ def run_train(args: argparse.Namespace, result: Result) -> int:
     )
     text, held_text = load_corpus()
     held = HeldOut(held_text, recipe.context, recipe.latents)
-    model = recipe.model()
+    path = args.output / "training.pt"
+    training = Training.load_or_begin(path, recipe)
+    model, points = training.model, training.points
     parameters = sum(p.numel() for p in model.parameters())
     out.print(
         f"{len(text):,} bytes of Python's standard library to train on, {len(held_text):,} held out in other "
         f"files; {parameters:,} parameters, {recipe.context:,} bytes of context, {recipe.latents:,} latents"
     )
-    points: list[dict[str, Any]] = []
+    if points:
+        out.print(f"Going on after step {points[-1]['step']}, from {path}")
     result |= {
         "recipe": asdict(recipe),
         "parameters": parameters,
@@ -128,10 +132,8 @@ def run_train(args: argparse.Namespace, result: Result) -> int:
     try:
         with progress() as bar:
             task = bar.add_task("training", total=1000)
-            for point in train(
-                model, text, recipe, lambda context: held.bits_per_byte(model, context, windows=2)
-            ):
-                points.append(point)
+            steps = training.steps(text, lambda context: held.bits_per_byte(model, context, windows=2))
+            for point in checkpointed(training, steps, path):
                 if "held_out_bits" in point:
                     bar.console.print(
                         f"step {point['step']:5d}  {point['seconds']:6.1f} s  context {point['context']:5,}  "
@@ -149,6 +151,7 @@ def run_train(args: argparse.Namespace, result: Result) -> int:
         f"{recipe.context:,} bytes of context, {result['held_out_bits_short_context']:.3f} with "
         f"{recipe.context_at(0.0):,}; zlib -9, given the same text before them: {held.zlib_bits:.3f}"
     )
+    path.unlink()  # the same command begins anew
     prompt, written = continuation(model, held_text, length=min(400, args.context // 4))
     result["continuation"] = {
         "prompt_end": prompt[-300:].decode("latin-1"),

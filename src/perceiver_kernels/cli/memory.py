@@ -17,6 +17,14 @@ def status_bytes(field: str) -> int:
     raise KeyError(field)
 
 
+def peak_resident() -> int | None:
+    """Bytes of the most memory that this process has had so far; None where the system keeps no such mark."""
+    try:
+        return status_bytes("VmHWM")
+    except (OSError, KeyError):
+        return None
+
+
 def peak_growth(call: Callable[[], Any]) -> int | None:
     """Bytes by which resident memory rose, at its highest, while `call` ran; its result counts.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perceiver_kernels as pk
+from perceiver_kernels.cli.checkpoint import Resumable
 from perceiver_kernels.cli.corpus import deflate_bits
 
 BYTES = 256
@@ -95,42 +96,57 @@ class HeldOut:
         return sum(losses) / len(losses) / math.log(2)
 
 
-def train(
-    model: pk.PerceiverAR, text: Tensor, recipe: Recipe, evaluate: Callable[[int], float]
-) -> Iterator[dict[str, Any]]:
-    """Train in place, yielding after every step what there is to plot.
+class Training(Resumable):
+    """A model in training by a :class:`Recipe`."""
 
-    A point has step, seconds, done (0 to 1), context, train_bits, and now and then held_out_bits, which is
-    `evaluate(context)`. The time that evaluation takes does not count towards `recipe.seconds`.
-    """
-    draw = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    done, spent, step, evaluated = 0.0, 0.0, 0, 0
-    while True:
-        context = recipe.context_at(done)
-        point: dict[str, Any] = {"step": step, "seconds": round(spent, 3), "done": done, "context": context}
-        if done >= evaluated / recipe.evaluations:
-            point["held_out_bits"] = evaluate(context)
-            evaluated = math.floor(done * recipe.evaluations) + 1
-        if done >= 1:
-            yield point
-            return
-        begin = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = (
-            recipe.lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.model = recipe.model()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01
         )
-        start = int(torch.randint(len(text) - context, (), generator=draw))
+        self.draw = torch.Generator().manual_seed(recipe.seed)
+        self.done, self.seconds, self.evaluated = 0.0, 0.0, 0
+        self.points: list[dict[str, Any]] = []
+
+    def steps(self, text: Tensor, evaluate: Callable[[int], float]) -> Iterator[dict[str, Any]]:
+        """Go on to the end, yielding after every step what there is to plot, which ``points`` keeps.
+
+        A point has step, seconds, done (0 to 1), context, train_bits, and now and then held_out_bits, which
+        is `evaluate(context)`. The time that evaluation takes does not count towards `recipe.seconds`.
+        """
+        recipe = self.recipe
+        while self.evaluated <= recipe.evaluations:
+            context = recipe.context_at(self.done)
+            point: dict[str, Any] = {"step": len(self.points), "seconds": round(self.seconds, 3)}
+            point |= {"done": self.done, "context": context}
+            if self.done >= self.evaluated / recipe.evaluations:
+                point["held_out_bits"] = evaluate(context)
+                self.evaluated = math.floor(self.done * recipe.evaluations) + 1
+            if self.done < 1:
+                point["train_bits"] = self.step(text, context)
+            self.points.append(point)
+            yield point
+
+    def step(self, text: Tensor, context: int) -> float:
+        """One step on a random piece; returns its loss in bits per byte."""
+        recipe, begin, number = self.recipe, time.perf_counter(), len(self.points) + 1
+        rate = min(1.0, number / 20) * 0.5 * (1 + math.cos(math.pi * self.done))
+        self.optimizer.param_groups[0]["lr"] = recipe.lr * rate
+        start = int(torch.randint(len(text) - context, (), generator=self.draw))
         tokens = text[start : start + context + 1].long()
-        logits = model(tokens[None, :-1], num_latents=recipe.latents)
-        loss = F.cross_entropy(logits[0], tokens[-recipe.latents :])
-        optimizer.zero_grad()
+        logits = self.model(tokens[None, :-1], num_latents=recipe.latents)
+        loss = F.cross_entropy(logits[0], tokens[-logits.shape[1] :])
+        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        spent += time.perf_counter() - begin
-        done = min(1.0, spent / recipe.seconds if recipe.steps is None else step / recipe.steps)
-        yield point | {"train_bits": loss.item() / math.log(2)}
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.seconds += time.perf_counter() - begin
+        part = self.seconds / recipe.seconds if recipe.steps is None else number / recipe.steps
+        self.done = min(1.0, part)
+        return loss.item() / math.log(2)
 
 
 def continuation(model: pk.PerceiverAR, text: Tensor, length: int, seed: int = 0) -> tuple[bytes, bytes]:

@@ -87,7 +87,7 @@ def parse(name: str) -> Kernel | None:
     if "attention_forward" in name:
         dim, rows, keys, row_warps, key_warps, stages, _, has_score = numbers
         found = (
-            ops.cuda_forward_tile(bf16, dim, count, bool(has_score), limit)
+            ops.cuda_forward_tile(bf16, dim, count, bool(has_score), 80, limit)
             for count in (1, 1024) for limit in (UNLIMITED, LIMITS["sm_86"].shared_per_block)
         )  # fmt: skip
         shared = next(shared for block_m, _, _, shared in found if block_m == rows)
@@ -97,7 +97,7 @@ def parse(name: str) -> Kernel | None:
     if "attention_backward" in name:
         dim, rows, key_tiles, key_warps, roles, step, *_, has_score = numbers
         keys = 16 * key_tiles * key_warps
-        shared = ops.cuda_backward_tile(bf16, dim, bool(has_score), UNLIMITED)[3]
+        shared = ops.cuda_backward_tile(bf16, dim, bool(has_score), 80, UNLIMITED)[3]
         work = 5 * rows * keys * dim / (key_warps * roles)
         tile = f"{rows}x{keys} w{key_warps}x{roles} by {step}"
         return Kernel("attention_backward", dim, tile, bool(has_score), shared, work)

@@ -30,7 +30,8 @@ __device__ __forceinline__ void wait_for_copies() {
 // Until those of this thread have landed.
 __device__ __forceinline__ void wait_for_own_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
-// Barriers of some warps, kThreads in all: those that arrive go on, those that await don't until all are there.
+// Barriers of some warps, kThreads in all: those that arrive go on, those that await don't until all are
+// there.
 template <int kThreads>
 __device__ __forceinline__ void arrive(int barrier) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");

@@ -16,6 +16,7 @@ namespace {
 
 constexpr float kLog2E = 1.442695041f;
 constexpr int kCombineThreads = 128, kCombineRows = 4;  // of a block
+constexpr int kFewRows = 16;                            // up to here memory binds
 
 template <class... Values>
 Failure failure(const char* format, Values... values) {
@@ -92,12 +93,12 @@ Failure launch(const char* name, void (*kernel)(Arguments), const Shape& shape, 
       name, p.dtype == DType::kFloat16 ? "float16" : "bfloat16", number(p.batch), number(p.heads),
       number(p.kv_heads), number(p.queries), number(p.keys), number(p.dim), number(p.value_dim),
       target.device, cudaGetErrorString(status), number(shape.x), number(shape.y), shape.threads,
-      shape.shared_bytes, target.shared_limit);
+      shape.shared_bytes, target.kind.shared_limit);
 }
 
-Failure no_kernel(const char* direction, int64_t dim, int64_t shared_limit) {
-  return failure("no %s kernel for head dim %lld with %lld bytes of shared memory", direction,
-                 static_cast<long long>(dim), static_cast<long long>(shared_limit));
+Failure no_kernel(const char* direction, int64_t dim, const Kind& kind) {
+  return failure("no %s kernel for head dim %lld with %d bytes of shared memory", direction,
+                 static_cast<long long>(dim), kind.shared_limit);
 }
 
 // What forward and backward are told alike.
@@ -134,13 +135,26 @@ Arguments common_arguments(const Attention& p) {
   return a;
 }
 
-const ForwardKernel* forward_kernel_of(const Attention& p, int shared_limit) {
-  return forward_kernel(p.dtype, head_dim(p), longest_queries(p) * group_of(p), has_score(p), shared_limit);
+#ifdef PK_HAS_HOPPER  // whose own kernels are compiled for it alone
+bool takes_hopper(const Kind& kind, int64_t dim) { return kind.arch == 90 && dim > 32 && dim <= 128; }
+#endif
+
+const ForwardKernel* forward_kernel_of(DType dtype, int64_t dim, int64_t rows, bool has_score,
+                                       const Kind& kind) {
+#ifdef PK_HAS_HOPPER
+  if (takes_hopper(kind, dim) && rows > kFewRows) {
+    return hopper::forward_kernel(dtype, static_cast<int>(dim), has_score);
+  }
+#endif
+  return forward_kernel(dtype, static_cast<int>(dim), rows, has_score, kind.shared_limit);
 }
 
-const BackwardKernel* backward_kernel_of(DType dtype, int64_t dim, bool has_score, int64_t shared_limit) {
+const BackwardKernel* backward_kernel_of(DType dtype, int64_t dim, bool has_score, const Kind& kind) {
+#ifdef PK_HAS_HOPPER
+  if (takes_hopper(kind, dim)) return hopper::backward_kernel(dtype, static_cast<int>(dim), has_score);
+#endif
   const BackwardKernel* kernel = backward_kernel(dtype, static_cast<int>(dim), has_score);
-  return kernel && kernel->shared_bytes <= shared_limit ? kernel : nullptr;
+  return kernel && kernel->shared_bytes <= kind.shared_limit ? kernel : nullptr;
 }
 
 }  // namespace
@@ -155,7 +169,8 @@ Failure find_device(int index, Device* device) {
     return value;
   };
   *device = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-             ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+             ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+             10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)};
   cudaFuncAttributes attributes;
   const void* kernel = reinterpret_cast<const void*>(combine_kernel(DType::kBFloat16));
   if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
@@ -163,18 +178,17 @@ Failure find_device(int index, Device* device) {
   return status == cudaSuccess ? nullptr : failure("%s", cudaGetErrorString(status));
 }
 
-Failure find_forward_tile(DType dtype, int64_t dim, int64_t rows, bool has_score, int64_t shared_limit,
+Failure find_forward_tile(DType dtype, int64_t dim, int64_t rows, bool has_score, const Kind& kind,
                           Tile* tile) {
-  const ForwardKernel* kernel =
-      forward_kernel(dtype, static_cast<int>(dim), rows, has_score, static_cast<int>(shared_limit));
-  if (!kernel) return no_kernel("forward", dim, shared_limit);
+  const ForwardKernel* kernel = forward_kernel_of(dtype, dim, rows, has_score, kind);
+  if (!kernel) return no_kernel("forward", dim, kind);
   *tile = {kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes, 0, 0};
   return nullptr;
 }
 
-Failure find_backward_tile(DType dtype, int64_t dim, bool has_score, int64_t shared_limit, Tile* tile) {
-  const BackwardKernel* kernel = backward_kernel_of(dtype, dim, has_score, shared_limit);
-  if (!kernel) return no_kernel("backward", dim, shared_limit);
+Failure find_backward_tile(DType dtype, int64_t dim, bool has_score, const Kind& kind, Tile* tile) {
+  const BackwardKernel* kernel = backward_kernel_of(dtype, dim, has_score, kind);
+  if (!kernel) return no_kernel("backward", dim, kind);
   *tile = {kernel->block_m,      kernel->block_n,    kernel->threads,
            kernel->shared_bytes, kernel->tile_bytes, kernel->slab_floats};
   return nullptr;
@@ -187,8 +201,9 @@ int64_t count_row_tiles(const Attention& p, int block_m) {
 }
 
 Failure attention_forward(const Attention& p, const Parts& parts, const Target& target) {
-  const ForwardKernel* kernel = forward_kernel_of(p, target.shared_limit);
-  if (!kernel) return no_kernel("forward", head_dim(p), target.shared_limit);
+  const ForwardKernel* kernel =
+      forward_kernel_of(p.dtype, head_dim(p), longest_queries(p) * group_of(p), has_score(p), target.kind);
+  if (!kernel) return no_kernel("forward", head_dim(p), target.kind);
   auto arguments = common_arguments<ForwardArguments>(p);
   if (p.softcap == 0) {  // the sign goes into the query; a scale of 0 becomes tiny: -inf * 0 is NaN
     arguments.query_sign = p.scale < 0 ? 0x80008000u : 0;
@@ -224,8 +239,8 @@ Failure attention_forward(const Attention& p, const Parts& parts, const Target& 
 
 Failure attention_backward(const Attention& p, const AttentionGradient& gradient, const Workspace& workspace,
                            const Target& target) {
-  const BackwardKernel* kernel = backward_kernel_of(p.dtype, head_dim(p), has_score(p), target.shared_limit);
-  if (!kernel) return no_kernel("backward", head_dim(p), target.shared_limit);
+  const BackwardKernel* kernel = backward_kernel_of(p.dtype, head_dim(p), has_score(p), target.kind);
+  if (!kernel) return no_kernel("backward", head_dim(p), target.kind);
   auto arguments = common_arguments<BackwardArguments>(p);
   arguments.dout = gradient.dout;
   arguments.dlse = gradient.dlse;

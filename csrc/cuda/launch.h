@@ -11,15 +11,21 @@ namespace pk::cuda {
 // call.
 using Failure = const char*;
 
+// What the choice of a kernel depends on: a GPU's architecture, 90 for compute capability 9.0, and the bytes
+// of shared memory that a block may have there.
+struct Kind {
+  int arch, shared_limit;
+};
+
 // What a plan needs to know of a GPU: shared memory in bytes.
 struct Device {
-  int processors, shared_per_block, shared_per_processor;
+  int processors, shared_per_block, shared_per_processor, arch;
 };
 
 // Where to run.
 struct Target {
   int device;
-  int shared_limit;  // bytes of shared memory that a block may have there
+  Kind kind;
   void* stream;
 };
 
@@ -50,9 +56,9 @@ Failure find_device(int index, Device* device);
 
 // The tile of the kernel for the longer head dim and, forward, the packed rows of a key head; has_score: soft
 // cap or dropout. Fails where none fits.
-Failure find_forward_tile(DType dtype, int64_t dim, int64_t rows, bool has_score, int64_t shared_limit,
+Failure find_forward_tile(DType dtype, int64_t dim, int64_t rows, bool has_score, const Kind& kind,
                           Tile* tile);
-Failure find_backward_tile(DType dtype, int64_t dim, bool has_score, int64_t shared_limit, Tile* tile);
+Failure find_backward_tile(DType dtype, int64_t dim, bool has_score, const Kind& kind, Tile* tile);
 int64_t count_row_tiles(const Attention& problem, int block_m);
 
 // The problem's rows of 16-bit numbers begin at multiples of 16 bytes; key_mask and the forward's lse are

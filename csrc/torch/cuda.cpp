@@ -49,28 +49,35 @@ Number* buffer_of(Tensor& t, const Tensor& query, ScalarType type, int64_t count
   return static_cast<Number*>(t.mutable_data_ptr());
 }
 
-pk::cuda::Target target_of(const Tensor& query, int64_t shared_limit, int64_t stream) {
-  return {query.get_device_index(), static_cast<int>(shared_limit), reinterpret_cast<void*>(stream)};
+pk::cuda::Kind kind_of(int64_t arch, int64_t shared_limit) {
+  return {static_cast<int>(arch), static_cast<int>(shared_limit)};
+}
+
+pk::cuda::Target target_of(const Tensor& query, const pk::cuda::Kind& kind, int64_t stream) {
+  return {query.get_device_index(), kind, reinterpret_cast<void*>(stream)};
 }
 
 std::vector<int64_t> device(int64_t index) {
   pk::cuda::Device found;
   check_launch(pk::cuda::find_device(static_cast<int>(index), &found));
-  return {found.processors, found.shared_per_block, found.shared_per_processor};
+  return {found.processors, found.shared_per_block, found.shared_per_processor, found.arch};
 }
 
 std::string archs() { return PK_CUDA_ARCHS; }
 
-std::vector<int64_t> forward_tile(ScalarType dtype, int64_t dim, int64_t rows, bool has_score,
+std::vector<int64_t> forward_tile(ScalarType dtype, int64_t dim, int64_t rows, bool has_score, int64_t arch,
                                   int64_t shared_limit) {
   pk::cuda::Tile tile;
-  check_launch(pk::cuda::find_forward_tile(dtype_of(dtype), dim, rows, has_score, shared_limit, &tile));
+  check_launch(
+      pk::cuda::find_forward_tile(dtype_of(dtype), dim, rows, has_score, kind_of(arch, shared_limit), &tile));
   return {tile.block_m, tile.block_n, tile.threads, tile.shared_bytes};
 }
 
-std::vector<int64_t> backward_tile(ScalarType dtype, int64_t dim, bool has_score, int64_t shared_limit) {
+std::vector<int64_t> backward_tile(ScalarType dtype, int64_t dim, bool has_score, int64_t arch,
+                                   int64_t shared_limit) {
   pk::cuda::Tile tile;
-  check_launch(pk::cuda::find_backward_tile(dtype_of(dtype), dim, has_score, shared_limit, &tile));
+  check_launch(
+      pk::cuda::find_backward_tile(dtype_of(dtype), dim, has_score, kind_of(arch, shared_limit), &tile));
   return {tile.block_m, tile.block_n, tile.threads, tile.shared_bytes, tile.tile_bytes, tile.slab_floats};
 }
 
@@ -78,9 +85,9 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
              const std::optional<Tensor>& q_offsets, const std::optional<Tensor>& key_mask,
              const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
              const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
-             double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
-             int64_t stream, std::optional<Tensor> part_outs, std::optional<Tensor> part_lses, Tensor out,
-             Tensor lse) {
+             double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t arch,
+             int64_t shared_limit, int64_t stream, std::optional<Tensor> part_outs,
+             std::optional<Tensor> part_lses, Tensor out, Tensor lse) {
   pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
@@ -88,6 +95,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
   check_limits(p, key_mask);
   check_rows({query, key, value, out});
   check(lse.is_contiguous(), "lse must be contiguous");
+  const pk::cuda::Kind kind = kind_of(arch, shared_limit);
   check(part_outs.has_value() == part_lses.has_value(), "part_outs and part_lses come together");
   pk::cuda::Parts parts{1, nullptr, nullptr};
   if (part_outs) {
@@ -96,7 +104,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
     parts.outs = buffer_of<float>(*part_outs, query, ScalarType::Float, rows * p.value_dim);
     parts.lses = buffer_of<float>(*part_lses, query, ScalarType::Float, rows);
   }
-  check_launch(pk::cuda::attention_forward(p, parts, target_of(query, shared_limit, stream)));
+  check_launch(pk::cuda::attention_forward(p, parts, target_of(query, kind, stream)));
 }
 
 void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& query, const Tensor& key,
@@ -104,9 +112,9 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
               const std::optional<Tensor>& q_offsets, const std::optional<Tensor>& key_mask,
               const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
               const std::optional<Tensor>& dropout_seed, int64_t q_offset, bool is_causal, double scale,
-              double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t shared_limit,
-              int64_t stream, int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery, Tensor dkey,
-              Tensor dvalue) {
+              double softcap, double dropout_p, int64_t longest_q, int64_t longest_k, int64_t arch,
+              int64_t shared_limit, int64_t stream, int64_t runs, Tensor tiles, Tensor slabs, Tensor dquery,
+              Tensor dkey, Tensor dvalue) {
   pk::Attention p = problem_of(query, key, value, q_offsets, key_mask, cu_seqlens_q, cu_seqlens_k,
                                dropout_seed, q_offset, is_causal, scale, softcap, dropout_p, out, lse);
   p.longest_queries = longest_q;
@@ -121,15 +129,16 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
   gradient.dkey = view_of(dkey, query, packed, p.kv_heads, p.keys, p.dim);
   gradient.dvalue = view_of(dvalue, query, packed, p.kv_heads, p.keys, p.value_dim);
 
+  const pk::cuda::Kind kind = kind_of(arch, shared_limit);
   pk::cuda::Tile tile;
   check_launch(pk::cuda::find_backward_tile(p.dtype, std::max(p.dim, p.value_dim),
-                                            softcap > 0 || dropout_p > 0, shared_limit, &tile));
+                                            softcap > 0 || dropout_p > 0, kind, &tile));
   const int64_t row_tiles = pk::cuda::count_row_tiles(p, tile.block_m);
   check(runs >= 1, "runs must be at least 1");
   const pk::cuda::Workspace workspace{
       static_cast<int>(runs), buffer_of<void>(tiles, query, ScalarType::Byte, row_tiles * tile.tile_bytes),
       buffer_of<float>(slabs, query, ScalarType::Float, runs * row_tiles * tile.slab_floats)};
-  check_launch(pk::cuda::attention_backward(p, gradient, workspace, target_of(query, shared_limit, stream)));
+  check_launch(pk::cuda::attention_backward(p, gradient, workspace, target_of(query, kind, stream)));
 }
 
 }  // namespace
@@ -137,16 +146,20 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
   m.def("cuda_archs() -> str");
   m.def("cuda_device(int index) -> int[]");
-  m.def("cuda_forward_tile(ScalarType dtype, int dim, int rows, bool has_score, int shared_limit) -> int[]");
-  m.def("cuda_backward_tile(ScalarType dtype, int dim, bool has_score, int shared_limit) -> int[]");
+  m.def(
+      "cuda_forward_tile(ScalarType dtype, int dim, int rows, bool has_score, int arch, int shared_limit) -> "
+      "int[]");
+  m.def("cuda_backward_tile(ScalarType dtype, int dim, bool has_score, int arch, int shared_limit) -> int[]");
   m.def("cuda_forward(Tensor query, Tensor key, Tensor value, " PK_OPTIONS
-        "int longest_q, int longest_k, int shared_limit, int stream, Tensor(c!)? part_outs, Tensor(d!)? "
+        "int longest_q, int longest_k, int arch, int shared_limit, int stream, Tensor(c!)? part_outs, "
+        "Tensor(d!)? "
         "part_lses, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "cuda_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PK_OPTIONS
-      "int longest_q, int longest_k, int shared_limit, int stream, int runs, Tensor(d!) tiles, Tensor(e!) "
+      "int longest_q, int longest_k, int arch, int shared_limit, int stream, int runs, Tensor(d!) tiles, "
+      "Tensor(e!) "
       "slabs, "
       "Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
 }

@@ -21,7 +21,7 @@ BACKENDS: dict[str, ModuleType] = {
 """Every backend by name; :func:`order` says which goes first where."""
 
 # Their tensor cores reach their peak by instructions that Triton's kernels use and the CUDA ones don't.
-_TRITON_FIRST = ((9, 0), (10, 0), (10, 3))
+_TRITON_FIRST = ((10, 0), (10, 3))
 
 
 def order(device: torch.device) -> list[str]:

@@ -148,9 +148,13 @@ def _div(b: Build) -> Body:
 @op("min", "max")
 def _minmax(b: Build) -> Body:
     smaller = b.instr.op == "min"
+    relu = b.flag("relu")
     kind = b.kind(*INTS, *FLOATS)
     if kind in INTS:
-        return int_binary(b, np.minimum if smaller else np.maximum, kind)
+        pick_int = np.minimum if smaller else np.maximum
+        return int_binary(b, (lambda x, y: np.maximum(pick_int(x, y), 0)) if relu else pick_int, kind)
+    if relu:
+        raise b.unknown("relu of floats")
     nan, ftz = b.flag("NaN"), b.flag("ftz")
     pick = floats.minimum if smaller else floats.maximum
     fn: Fn = lambda x, y: pick(x, y, nan)  # noqa: E731

@@ -1,6 +1,6 @@
 """Hopper's wgmma: products of a warp group, asynchronous, on operands in shared memory.
 
-A product is computed when it is issued. Until it is waited for its sums count as registers without a value, and
+A product is computed when it is issued. Until it is waited for, its sums count as registers without a value;
 when it is, its operands must still be what they were. Shared memory that threads have written themselves must
 have been fenced for the async proxy by those threads before a product reads it.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -143,16 +143,18 @@ def _fetch(wave: Wave, instr: Instr, who: Array, descriptions: Array, size: int,
         raise wave.finding(instr, "warp", "the group disagrees on where an operand lies", int(who[0]))
     word = int(words[0])
     start, leading, stride = ((word >> shift & _FIELD) << 4 for shift in (0, 16, 32))
-    if word >> 62 != 1 or word >> 49 & 7:
-        raise wave.finding(instr, "operand", "only the 128-byte swizzle is known", int(who[0]))
-    if across:  # the depth is the rows' number, 64 of the size are contiguous
+    if word >> 62 == 0 or word >> 49 & 7:
+        raise wave.finding(instr, "operand", "an operand that is not swizzled is unknown here", int(who[0]))
+    width = 256 >> (word >> 62)  # bytes of a row that are contiguous
+    if across:  # the depth is the rows' number
         depth, chunk = np.arange(16)[:, None], np.arange(size // 8)[None, :]
-        at = chunk // 8 * leading + chunk % 8 * 16 + depth // 8 * stride + depth % 8 * 128
+        panel, place = chunk // (width // 16), chunk % (width // 16)
+        at = panel * leading + place * 16 + depth // 8 * stride + depth % 8 * width
     else:
         row, chunk = np.arange(size)[:, None], np.arange(2)[None, :]
-        at = row // 8 * stride + row % 8 * 128 + chunk * 16
+        at = row // 8 * stride + row % 8 * width + chunk * 16
     at = (start + at).astype(np.int64)
-    at ^= (at >> 7 & 7) << 4
+    at ^= (at >> 7 & width // 16 - 1) << 4
     operand = Operand(at.ravel(), np.zeros(0, np.uint8))
     operand.values = _read(wave, instr, who, operand.at)
     return operand
@@ -208,10 +210,14 @@ def _wait(wave: Wave, mask: Mask, keep: int) -> None:
             continue
         for operand in product.operands:
             if (_read(wave, product.instr, who, operand.at) != operand.values).any():
-                wave.report(product.instr, "race", "an operand changed before the product was done", int(who[0]))
+                wave.report(
+                    product.instr, "race", "an operand changed before the product was done", int(who[0])
+                )
         for row, values in product.registers:
             if (row[who] != values).any():
-                wave.report(product.instr, "race", "a register changed before the product was done", int(who[0]))
+                wave.report(
+                    product.instr, "race", "a register changed before the product was done", int(who[0])
+                )
         for slot in product.slots:
             lanes.init[slot, who] = True
             lanes.full[slot] = bool(lanes.init[slot].all())

@@ -141,3 +141,34 @@ def _ldmatrix(b: Build) -> Body:
                 out[mask] = words[:, i].reshape(-1)
 
     return body
+
+
+@op("stmatrix")
+def _stmatrix(b: Build) -> Body:
+    b.need("sync")
+    b.need("aligned")
+    b.need("m8n8")
+    count = int(b.need("x1", "x2", "x4")[1:])
+    transpose = b.flag("trans")
+    if b.take("shared", "shared::cta") is None:
+        raise b.unknown("generic stmatrix")
+    b.kind("b16")
+    words = [b.src(item, "b32") for item in b.items(1)]
+    if len(words) != count or b.lanes.threads % 32:
+        raise b.unknown("number of registers, or a block that is not of whole warps")
+    address, wave, instr, lanes = Address(b, b.operand(0), "shared"), b.wave, b.instr, b.lanes
+    giving = lanes.lane < 8 * count  # lanes whose addresses count
+
+    def body(mask: Mask) -> None:
+        wave.whole_warps(mask, instr, "warp")
+        chosen: Mask = mask if count == 4 else giving if mask is None else giving & mask
+        ((space, who, at, _),) = address.resolve(chosen, 16)
+        # matrix, warp, row, column
+        halves = np.stack(words).reshape(count, -1, 32).view(np.uint16).reshape(count, -1, 8, 8)
+        if transpose:
+            halves = halves.transpose(0, 1, 3, 2)
+        rows = np.ascontiguousarray(halves.transpose(1, 0, 2, 3)).view(np.uint8).reshape(-1, count * 8, 16)
+        warps = who.reshape(-1, count * 8)[:, 0] // 32
+        space.store(who, at, rows[warps].reshape(-1, 16), wave.reporter(instr, space))
+
+    return body

@@ -19,7 +19,7 @@ namespace {
 using Callback = int (*)(const char* kernel, unsigned x, unsigned y, unsigned threads, const void* arguments,
                          size_t shared_bytes);
 Callback callback = nullptr;
-int processors = 1, shared_per_block = 0, next_error = 0;
+int processors = 1, shared_per_block = 0, next_error = 0, arch = 80;
 
 std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> found;
@@ -32,10 +32,12 @@ extern "C" {
 
 __attribute__((visibility("default"))) void record(Callback function) { callback = function; }
 
-__attribute__((visibility("default"))) void pretend(int processor_count, int shared_limit, int error) {
+__attribute__((visibility("default"))) void pretend(int processor_count, int shared_limit, int error,
+                                                    int architecture) {
   processors = processor_count;
   shared_per_block = shared_limit;
   next_error = error;
+  arch = architecture;
 }
 
 // What the compiled kernels register themselves with.
@@ -64,6 +66,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount                ? processors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin     ? shared_per_block
            : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? shared_per_block + 1024
+           : attribute == cudaDevAttrComputeCapabilityMajor           ? arch / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor           ? arch % 10
                                                                       : -1;
   return static_cast<cudaError_t>(next_error);
 }

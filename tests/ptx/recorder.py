@@ -21,7 +21,7 @@ from .cuda_kernels import CSRC, entries
 from .machine import launch
 from .nvcc_ptx import NVCC
 
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
 _CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
@@ -43,7 +43,7 @@ def _library() -> ctypes.CDLL:
         command = [
             NVCC, "-shared", "-cudart", "none", "-std=c++17", "-O1", "-Xcompiler",
             "-fPIC,-fvisibility=hidden", "-gencode", "arch=compute_80,code=compute_80",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPK_HAS_HOPPER",
             f"-I{CSRC}", f"-I{torch_folder}/include", str(Path(__file__).with_name("recorder.cpp")),
             *map(str, SOURCES), f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(target),
         ]  # fmt: skip
@@ -105,13 +105,13 @@ class Recorder:
 
 @contextmanager
 def recorded(
-    processors: int, shared_per_block: int = 166912, recorder: Recorder | None = None
+    processors: int, shared_per_block: int = 166912, recorder: Recorder | None = None, arch: int = 80
 ) -> Iterator[Recorder]:
     """The cuda backend on CPU tensors, on a GPU with so many processors."""
     library, recorder = _library(), recorder or Recorder()
     callback = _CALLBACK(recorder.run)
     library.record(callback)
-    library.pretend(processors, shared_per_block, 0)
+    library.pretend(processors, shared_per_block, 0, arch)
     before = cuda._ops, cuda._stream
     cuda._ops, cuda._stream = recorder, lambda device: STREAM
     for cached in (cuda._device, cuda.forward_tile, cuda.backward_tile):

@@ -61,11 +61,13 @@ CASES: list[tuple[torch.dtype, Case]] = [
 ]  # fmt: skip
 
 
-def execute(launch: launches.Launch, ptx: str | None = None) -> Report | None:
+def execute(
+    launch: launches.Launch, ptx: str | None = None, arch: str = "sm_80", **options: bool
+) -> Report | None:
     """Run a launch on the machine; what it is to write counts as unwritten before."""
     if 0 in launch.grid:
         return None
-    kernel = compile_launch(launch, "sm_80")
+    kernel = compile_launch(launch, arch)
     arguments = []
     for parameter in launch.kernel.params:
         value = launch.arguments.get(parameter.name)
@@ -76,7 +78,7 @@ def execute(launch: launches.Launch, ptx: str | None = None) -> Report | None:
             value.untyped_storage().fill_(0xFF)  # NaN
             value = Empty(value)
         arguments.append(value)
-    return launch_triton(kernel, launch.grid, arguments, ptx=ptx)
+    return launch_triton(kernel, launch.grid, arguments, ptx=ptx, **options)
 
 
 def outputs(inputs: Inputs) -> dict[str, Tensor]:
@@ -86,10 +88,12 @@ def outputs(inputs: Inputs) -> dict[str, Tensor]:
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def default_launches(inputs: Inputs, into: dict[str, Tensor], processors: int) -> Iterator[launches.Launch]:
-    """Forward and backward in the default configurations of sm_80."""
+def default_launches(
+    inputs: Inputs, into: dict[str, Tensor], processors: int, arch: str = "sm_80"
+) -> Iterator[launches.Launch]:
+    """Forward and backward in the default configurations."""
     query, key, value = inputs.query, inputs.key, inputs.value
-    problem, device = launches.make_problem(query, key, value, inputs.spec()), Device("sm_80", processors)
+    problem, device = launches.make_problem(query, key, value, inputs.spec()), Device(arch, processors)
     sizes = (max(problem.D, problem.DV), problem.dtype, device.arch)
     ahead, back = forward_config(problem.rows, *sizes), backward_config(problem.M, *sizes)
     residuals, gradients = (into["out"], into["lse"]), (into["dq"], into["dk"], into["dv"])

@@ -92,7 +92,12 @@ Choose = Callable[[torch.dtype, int, int, bool], Kernel]  # of dtype, head dim, 
 
 
 def launches(
-    inputs: Inputs, out: Tensor, lse: Tensor, splits: int, choose: Choose = forward_kernel, source: Path = SOURCE
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    splits: int,
+    choose: Choose = forward_kernel,
+    source: Path = SOURCE,
 ) -> Iterator[Launch]:
     query, key, value, spec = inputs.query, inputs.key, inputs.value, inputs.spec()
     heads, kv_heads, D, Dv = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]

@@ -53,6 +53,22 @@ def test_values(dtype: torch.dtype, case: Case, splits: str, monkeypatch: pytest
         assert error <= limit, f"{name}: error {error:.2e}, budget {limit:.2e}"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "case"), [CASES[0], CASES[2], CASES[4], CASES[-1]], ids=lambda x: str(x)[:20]
+)
+def test_values_on_hopper(dtype: torch.dtype, case: Case) -> None:
+    """Which has kernels of its own for many rows."""
+    inputs = make_inputs(case, dtype)
+    tensors, spec = (inputs.query, inputs.key, inputs.value), inputs.spec()
+    want, plain = reference64(inputs), math_reference(inputs)
+    with recorded(PROCESSORS, 232448, arch=90) as gpu:
+        out, lse = cuda.forward(*tensors, spec)
+        gradients = cuda.backward(inputs.dout, inputs.dlse, *tensors, out, lse, spec)
+    assert all("hopper" in kernel for kernel, *_ in gpu.launches if "attention" in kernel)
+    for name, got in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True):
+        assert relative_error(got, want[name]) <= budget(plain[name], want[name], dtype), name
+
+
 @pytest.mark.parametrize("forward", ["cuda", "cpu"])
 def test_pairs_with_another_backend(forward: str) -> None:
     """One's forward with the other's backward: the residuals are the same."""
@@ -88,19 +104,9 @@ def test_the_operator_refuses_what_would_read_foreign_memory() -> None:
     query, key, value = (tensor.contiguous() for tensor in (inputs.query, inputs.key, inputs.value))
 
     def run(query: torch.Tensor, longest: int = 20, part_outs=parts[0], part_lses=parts[1]) -> None:
+        options, kind = inputs.spec().options(), (80, 166912)
         gpu.cuda_forward(
-            query,
-            key,
-            value,
-            *inputs.spec().options(),
-            longest,
-            100,
-            166912,
-            STREAM,
-            part_outs,
-            part_lses,
-            out,
-            lse,
+            query, key, value, *options, longest, 100, *kind, STREAM, part_outs, part_lses, out, lse
         )
 
     with recorded(PROCESSORS) as gpu:

@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 
-from perceiver_kernels.spec import empty_outputs
-from perceiver_kernels.testing.budget import relative_error
+from perceiver_kernels.spec import empty_gradients, empty_outputs
+from perceiver_kernels.testing.budget import reference64, relative_error
 from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
+from ptx import test_cuda_backward as backward
 from ptx.cuda_kernels import CSRC, element_type, entries
 from ptx.mutate import Mutant, mutants, score
-from ptx import test_cuda_backward as backward
 from ptx.test_cuda_attention import Kernel, check_forward, launches
 
 SOURCE, BACKWARD = (CSRC / "cuda" / "hopper" / name for name in ("forward.cu", "backward.cu"))
@@ -101,6 +101,30 @@ def test_every_mutant_is_caught() -> None:
     result = score(chosen, right)
     print(result)
     assert result.total >= 40
+    assert not result.survivors, str(result)
+
+
+def test_every_backward_mutant_is_caught() -> None:
+    inputs = make_inputs(Case("mutants", 1, 1, 1, 130, 400, 64, 64, q_offset=130), BF16)
+    exact = reference64(inputs)
+    gradients = empty_gradients(inputs.query, inputs.key, inputs.value)
+    each_launch = backward.launches(
+        inputs, exact["out"].to(BF16), exact["lse"].float(), gradients, 1, backward_kernel
+    )
+    each_launch[0].run()
+    attention = each_launch[1]
+    report = attention.run()
+    want = [backward.as_bytes(tensor).clone() for tensor in attention.written]
+
+    def right(changed: str) -> bool:
+        attention.run(changed)
+        return all(map(torch.equal, map(backward.as_bytes, attention.written), want))
+
+    ptx = entries(BACKWARD)[attention.name]
+    assert right(ptx)
+    result = score(mutants(ptx, attention.name, 4, report.executed), right)
+    print(result)
+    assert result.total >= 30
     assert not result.survivors, str(result)
 
 

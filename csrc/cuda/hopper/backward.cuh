@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
   take_registers<232>();
   const int consumer = threadIdx.x / kGroup - 1, lane = threadIdx.x % 32;
   const int warp_key = consumer * 64 + threadIdx.x % kGroup / 32 * 16, thread_row = lane % 4 * 2;
-  const uint32_t my_part = consumer * 64 * 128;                            // of a tile of keys
+  const uint32_t my_part = consumer * 64 * 128;  // of a tile of keys
   const uint32_t my_channels = consumer * Shape::kColumnTiles * 8 / 64 * Keys::kPanelBytes +
                                consumer * Shape::kColumnTiles * 8 % 64 * 2;  // likewise
   float* slab = arguments.slabs +
@@ -144,9 +144,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
     // Tiles of rows before `first` see none of these keys, those from `full` on all of them.
     const int first = first_of(start);
     const bool all_there = arguments.key_mask == nullptr && start + kBlockN <= example.seen_by_any;
-    const int full = !all_there ? row_tiles
-                                : min((first_row_of(example, group, start + kBlockN - 1) + kBlockM - 1) / kBlockM,
-                                      row_tiles);
+    const int full =
+        !all_there
+            ? row_tiles
+            : min((first_row_of(example, group, start + kBlockN - 1) + kBlockM - 1) / kBlockM, row_tiles);
     const uint32_t keys = key_slots + block % kSlots * Keys::kBytes;
     const uint32_t values = value_slots + block % kSlots * Keys::kBytes;
     const int key = start + warp_key + lane / 4;
@@ -199,8 +200,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
       publish();
 #pragma unroll
       for (int k = 0; k < kBlockM / 16; ++k) pack_weights<Element>(differences[k], products[0], k);
-      wait_for_products<0>();  // the weights' registers are free
-      pin(dvalue[0]);
       float* part_of_slab = slab + tile * int64_t{Rows::kNumbers};
       for (Accumulator& sum : dq[0]) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
       if (start != run_start) {
@@ -221,14 +220,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
       }
       commit_products();
       wait_for_products<0>();
+      pin(dvalue[0]);
       pin(dkey[0]);
       pin(dq[0]);
       arrive<Barriers::kEmptyThreads>(Barriers::empty(1, slot));
       ++step;
-      for_each_accumulator<Shape>(dq, part_of_slab, threadIdx.x - kGroup,
-                                  [](const Accumulator& sum, float4& part) {
-                                    part = {sum[0], sum[1], sum[2], sum[3]};
-                                  });
+      for_each_accumulator<Shape>(
+          dq, part_of_slab, threadIdx.x - kGroup,
+          [](const Accumulator& sum, float4& part) { part = {sum[0], sum[1], sum[2], sum[3]}; });
     };
 
     await_full(0, block % kSlots);

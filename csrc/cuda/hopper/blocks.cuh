@@ -15,15 +15,16 @@ class BlockCopier {
  public:
   __device__ BlockCopier(const Example& example, const View& view, int dim, int thread, int first_key)
       : copier_(thread),
-        next_(at<uint16_t>(view, example.batch, example.kv_head, example.first_key + first_key + copier_.row) +
-              copier_.column),
+        next_(
+            at<uint16_t>(view, example.batch, example.kv_head, example.first_key + first_key + copier_.row) +
+            copier_.column),
         row_stride_(view.row_stride),
         dim_(dim) {}
 
   template <class Arguments>
   __device__ __forceinline__ void copy(uint32_t tile, const Arguments& arguments, const Example& example,
                                        int first_key) {
-#pragma unroll 4
+#pragma unroll 3  // more take registers that the copiers don't have
     for (int step = 0; step < copier_.kSteps; ++step) {
       const bool there = is_there(arguments, example, first_key + copier_.row + step * copier_.kRowStep);
 #pragma unroll

@@ -1,5 +1,5 @@
-// Hopper's tensor-core products: four warps, a warp group, multiply 64 rows at a time, with operands in shared
-// memory. Reached by sm_90a code alone.
+// Hopper's tensor-core products: four warps, a warp group, multiply 64 rows at a time, with operands in
+// shared memory. Reached by sm_90a code alone.
 //
 // The accumulators lie in the threads as mma.sync's do, 16 rows for each warp of the group.
 #pragma once
@@ -18,7 +18,8 @@ constexpr int kGroup = 128;  // threads of a warp group
 // lie in different banks (the hardware's 128-byte swizzle). Tiles begin at multiples of 1024 bytes.
 template <int kDim, int kRows>
 struct Panels {
-  static constexpr int kRowCount = kRows, kCount = kDim / 64, kPanelBytes = 128 * kRows, kBytes = kCount * kPanelBytes;
+  static constexpr int kRowCount = kRows, kCount = kDim / 64, kPanelBytes = 128 * kRows,
+                       kBytes = kCount * kPanelBytes;
   static_assert(kDim % 64 == 0 && kRows % 8 == 0, "whole panels of whole groups of rows");
 
   __device__ static uint32_t offset(int row, int chunk) {
@@ -86,44 +87,48 @@ __device__ __forceinline__ void give_registers() {
 #define PK_SUMS_32(c, n) PK_SUMS_16(c, n), PK_SUMS_16(c, n + 4)
 #define PK_SUMS_64(c, n) PK_SUMS_32(c, n), PK_SUMS_32(c, n + 8)
 #define PK_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define PK_LIST_32 PK_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PK_LIST_64                                                                                   \
-  PK_LIST_32                                                                                         \
+#define PK_LIST_32 \
+  PK_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PK_LIST_64                                                                                    \
+  PK_LIST_32                                                                                          \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// `c`: "+f" to add to the sums, "=f" to begin them. The places of the operands that follow the sums: a, b, ...
-#define PK_PRODUCT(c, columns, type, count, list, a, b, d, ta, tb)                                          \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" d ", 0;\n"                                          \
-               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, %" a     \
-               ", %" b ", add, 1, 1, %" ta ", %" tb ";\n}\n"                                                \
-               : PK_SUMS_##count(c, 0)                                                                      \
-               : "l"(left), "l"(right), "n"(static_cast<int>(kAdds)), "n"(static_cast<int>(kLeftAcross)),   \
+// `c`: "+f" to add to the sums, "=f" to begin them. The places of the operands that follow the sums: a, b,
+// ...
+#define PK_PRODUCT(c, columns, type, count, list, a, b, d, ta, tb)                                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" d                                                 \
+               ", 0;\n"                                                                                   \
+               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, %" a    \
+               ", %" b ", add, 1, 1, %" ta ", %" tb ";\n}\n"                                              \
+               : PK_SUMS_##count(c, 0)                                                                    \
+               : "l"(left), "l"(right), "n"(static_cast<int>(kAdds)), "n"(static_cast<int>(kLeftAcross)), \
                  "n"(static_cast<int>(kRightAcross)))
 
 // The left operand in registers.
-#define PK_PRODUCT_OF_REGISTERS(columns, type, count, list, a0, a1, a2, a3, b, tb)                         \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                              \
-               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, {%" a0   \
-               ", %" a1 ", %" a2 ", %" a3 "}, %" b ", add, 1, 1, %" tb ";\n}\n"                            \
-               : PK_SUMS_##count("+f", 0)                                                                  \
-               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),                       \
-                 "n"(static_cast<int>(kRightAcross)))
+#define PK_PRODUCT_OF_REGISTERS(columns, type, count, list, a0, a1, a2, a3, b, tb)                       \
+  asm volatile(                                                                                          \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                                     \
+      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" list "}, {%" a0 ", %" a1 \
+      ", %" a2 ", %" a3 "}, %" b ", add, 1, 1, %" tb ";\n}\n"                                            \
+      : PK_SUMS_##count("+f", 0)                                                                         \
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),                              \
+        "n"(static_cast<int>(kRightAcross)))
 
-#define PK_PRODUCTS(c)                                                                                  \
-  constexpr bool kHalf = std::is_same_v<Element, __half>;                                               \
-  if constexpr (kTiles == 4 && kHalf) {                                                                 \
-    PK_PRODUCT(c, "32", "f16", 16, PK_LIST_16, "16", "17", "18", "19", "20");                           \
-  } else if constexpr (kTiles == 4) {                                                                   \
-    PK_PRODUCT(c, "32", "bf16", 16, PK_LIST_16, "16", "17", "18", "19", "20");                          \
-  } else if constexpr (kTiles == 8 && kHalf) {                                                          \
-    PK_PRODUCT(c, "64", "f16", 32, PK_LIST_32, "32", "33", "34", "35", "36");                           \
-  } else if constexpr (kTiles == 8) {                                                                   \
-    PK_PRODUCT(c, "64", "bf16", 32, PK_LIST_32, "32", "33", "34", "35", "36");                          \
-  } else if constexpr (kHalf) {                                                                         \
-    PK_PRODUCT(c, "128", "f16", 64, PK_LIST_64, "64", "65", "66", "67", "68");                          \
-  } else {                                                                                              \
-    PK_PRODUCT(c, "128", "bf16", 64, PK_LIST_64, "64", "65", "66", "67", "68");                         \
+#define PK_PRODUCTS(c)                                                          \
+  constexpr bool kHalf = std::is_same_v<Element, __half>;                       \
+  if constexpr (kTiles == 4 && kHalf) {                                         \
+    PK_PRODUCT(c, "32", "f16", 16, PK_LIST_16, "16", "17", "18", "19", "20");   \
+  } else if constexpr (kTiles == 4) {                                           \
+    PK_PRODUCT(c, "32", "bf16", 16, PK_LIST_16, "16", "17", "18", "19", "20");  \
+  } else if constexpr (kTiles == 8 && kHalf) {                                  \
+    PK_PRODUCT(c, "64", "f16", 32, PK_LIST_32, "32", "33", "34", "35", "36");   \
+  } else if constexpr (kTiles == 8) {                                           \
+    PK_PRODUCT(c, "64", "bf16", 32, PK_LIST_32, "32", "33", "34", "35", "36");  \
+  } else if constexpr (kHalf) {                                                 \
+    PK_PRODUCT(c, "128", "f16", 64, PK_LIST_64, "64", "65", "66", "67", "68");  \
+  } else {                                                                      \
+    PK_PRODUCT(c, "128", "bf16", 64, PK_LIST_64, "64", "65", "66", "67", "68"); \
   }
 
 // sums (64, 8 kTiles) = or, where kAdds, += left (64, 16) @ right (16, 8 kTiles); k...Across: an operand is

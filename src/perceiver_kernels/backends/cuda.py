@@ -24,11 +24,17 @@ _ops = torch.ops.perceiver_kernels
 
 @dataclass(frozen=True)
 class Device:
-    """What tiles and splits depend on: a GPU's processors, and their shared memory in bytes."""
+    """What kernels, tiles and splits depend on: processors, their shared memory in bytes, architecture."""
 
     processors: int
     shared_per_block: int
     shared_per_processor: int
+    arch: int = 80  # 90 for compute capability 9.0
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """What the choice of a kernel depends on."""
+        return self.arch, self.shared_per_block
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def forward_tile(problem: Problem, device: Device) -> Tile:
         max(problem.dim, problem.value_dim),
         problem.rows,
         problem.has_score,
-        device.shared_per_block,
+        *device.kind,
     )
     return Tile(*sizes)
 
@@ -119,7 +125,7 @@ def plan_forward(problem: Problem, device: Device) -> tuple[Tile, int]:
 @functools.lru_cache(maxsize=1024)
 def backward_tile(dtype: torch.dtype, head_dim: int, has_score: bool, device: Device) -> Tile:
     """The tile of the backward kernels. Raises RuntimeError where none fits the device."""
-    return Tile(*_ops.cuda_backward_tile(dtype, head_dim, has_score, device.shared_per_block))
+    return Tile(*_ops.cuda_backward_tile(dtype, head_dim, has_score, *device.kind))
 
 
 def plan_backward(problem: Problem, device: Device) -> tuple[Tile, int, int]:
@@ -218,7 +224,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> t
         part_lses = lse.new_empty((splits, *lse.shape))
         parts = lse.new_empty((*part_lses.shape, problem.value_dim))
     _ops.cuda_forward(
-        query, key, value, *spec.options(), problem.queries, problem.keys, device.shared_per_block,
+        query, key, value, *spec.options(), problem.queries, problem.keys, *device.kind,
         _stream(query.device), parts, part_lses, out, lse,
     )  # fmt: skip
     return out, lse
@@ -244,7 +250,7 @@ def backward(
     slabs = lse.new_empty(runs * row_tiles * tile.slab_floats)
     _ops.cuda_backward(
         dout, dlse, query, key, value, out, lse, *spec.options(), problem.queries, problem.keys,
-        device.shared_per_block, _stream(query.device), runs, tiles, slabs, *outputs,
+        *device.kind, _stream(query.device), runs, tiles, slabs, *outputs,
     )  # fmt: skip
     for gradient, output in zip(gradients, outputs, strict=True):
         if gradient is not output:

@@ -44,7 +44,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZED = ("ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dead_example",
              "offset_per_example_masked", "softcap", "dropout", "packed")  # fmt: skip
 KERNELS = "attention|combine_splits|pack_rows|reduce_slabs"  # this package's alone, by their names
-QUICK_CASES = ("train", "grouped", "decode")
+QUICK_CASES = ("train", "train_128", "grouped", "decode")
 COLORS = {
     "passed": "green",
     "failed": "red",
@@ -61,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("gpu-check-output"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all four")
-    parser.add_argument(
-        "--quick", action="store_true", help="no slow tests, three bench shapes, fewer rounds"
-    )
+    parser.add_argument("--quick", action="store_true", help="no slow tests, four bench shapes, fewer rounds")
     parser.add_argument(
         "--device", choices=gpu.DEVICES, default="cuda", help="cpu rehearses the check without a GPU"
     )

@@ -76,9 +76,12 @@ def test_every_instantiation(dim: int, has_score: bool, dtype: torch.dtype) -> N
 
 
 def harmless(mutant: Mutant) -> bool:
-    """Without turns the groups compute the same; where a maximum starts, +1e38 is as far away as -1e38."""
+    """Without turns the groups compute the same; where a maximum starts, +1e38 is as far away as -1e38; a slot
+    may be left, with one more arrival, that nobody wants."""
     turn = mutant.kind == "delete a barrier" and mutant.before.endswith(", 256;")
-    return turn or mutant.kind == "add for subtract"
+    skipped = "\n".join(mutant.ptx.split("\n")[mutant.line : mutant.line + 6])
+    leave = mutant.kind == "lose or negate a guard" and "bar.arrive" in skipped
+    return turn or leave or mutant.kind == "add for subtract"
 
 
 def test_every_mutant_is_caught() -> None:

@@ -56,7 +56,7 @@ class Recipe:
     first_reach: int = 64  # half the first window
     passed: float = 0.99  # smoothed accuracy at which the window doubles
     goal: float = 0.998  # and at which, at full length, the learning rate starts to fall
-    patience: int = 600  # or after so many steps there
+    patience: int = 1500  # or after so many steps there
     cooldown: int = 300  # steps in which it falls to 0
     warmup: int = 20
     streamed: bool = False

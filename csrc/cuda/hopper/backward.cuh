@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
       }
     };
     if (threadIdx.x < Barriers::kCopiers) {
-      BlockCopier<Keys> keys(example, arguments.key, arguments.dim, thread, run_start);
-      BlockCopier<Keys> values(example, arguments.value, arguments.value_dim, thread, run_start);
+      BlockCopier<Keys, 3> keys(example, arguments.key, arguments.dim, thread, run_start);
+      BlockCopier<Keys, 3> values(example, arguments.value, arguments.value_dim, thread, run_start);
       int block = 0;
       for (int start = run_start; start < run_stop; start += kBlockN, ++block) {
         const int slot = block % kSlots;

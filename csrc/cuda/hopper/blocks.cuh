@@ -10,7 +10,8 @@
 namespace pk::cuda::hopper {
 
 // 64 threads that copy one block of keys' (or values') rows after another; those that nobody sees are zeros.
-template <class Keys>
+// kUnrolled rows of a thread at a time, as many as it has registers for.
+template <class Keys, int kUnrolled>
 class BlockCopier {
  public:
   __device__ BlockCopier(const Example& example, const View& view, int dim, int thread, int first_key)
@@ -24,7 +25,7 @@ class BlockCopier {
   template <class Arguments>
   __device__ __forceinline__ void copy(uint32_t tile, const Arguments& arguments, const Example& example,
                                        int first_key) {
-#pragma unroll 3  // more take registers that the copiers don't have
+#pragma unroll kUnrolled
     for (int step = 0; step < copier_.kSteps; ++step) {
       const bool there = is_there(arguments, example, first_key + copier_.row + step * copier_.kRowStep);
 #pragma unroll

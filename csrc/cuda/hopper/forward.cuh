@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(const Fo
     give_registers<40>();
     const int kind = threadIdx.x / Barriers::kCopiers, thread = threadIdx.x % Barriers::kCopiers;
     const uint32_t slots = kind == 0 ? key_tiles : value_tiles;
-    BlockCopier<KeyPanels> copier(work, kind == 0 ? arguments.key : arguments.value,
-                                  kind == 0 ? arguments.dim : arguments.value_dim, thread, start * kBlockN);
+    BlockCopier<KeyPanels, 4> copier(work, kind == 0 ? arguments.key : arguments.value,
+                                     kind == 0 ? arguments.dim : arguments.value_dim, thread,
+                                     start * kBlockN);
     if (kind == 0 && start < stop) {
       const Copier<64, Shape::kBlockM, Barriers::kCopiers> rows_copier(thread);
       for (int step = 0; step < rows_copier.kSteps; ++step) {

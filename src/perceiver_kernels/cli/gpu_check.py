@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("gpu-check-output"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all four")
-    parser.add_argument("--quick", action="store_true", help="no slow tests, four bench shapes in bfloat16, fewer rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="no slow tests, four shapes in bfloat16, fewer rounds"
+    )
     parser.add_argument(
         "--device", choices=gpu.DEVICES, default="cuda", help="cpu rehearses the check without a GPU"
     )

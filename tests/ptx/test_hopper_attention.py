@@ -76,9 +76,7 @@ def test_every_instantiation(dim: int, has_score: bool, dtype: torch.dtype) -> N
 
 
 def harmless(mutant: Mutant) -> bool:
-    """Without turns the groups compute the same; a maximum may start at +1e38 as well as at -1e38; a slot that
-    nobody wants may be left once more.
-    """
+    """Groups may forget their turns, a maximum may start at +1e38, a slot be left that nobody wants."""
     turn = mutant.kind == "delete a barrier" and mutant.before.endswith(", 256;")
     skipped = "\n".join(mutant.ptx.split("\n")[mutant.line : mutant.line + 6])
     leave = mutant.kind == "lose or negate a guard" and "bar.arrive" in skipped

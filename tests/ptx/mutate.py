@@ -136,20 +136,23 @@ def _shuffle(instr: Instr, text: str) -> Iterator[str]:
 RULES: dict[str, Rule] = {
     "delete a barrier": _delete("bar.sync", "bar.warp.sync", "bar.arrive"),
     "delete a wait": _delete("cp.async.wait_group", "cp.async.wait_all", "wgmma.wait_group.sync.aligned"),
-    "delete a fence": _delete("fence.proxy.async.shared::cta"),
     "weaken a wait": _weaker_wait,
     "delete a commit": _delete("cp.async.commit_group", "wgmma.commit_group.sync.aligned"),
     "shift a load": _shift("ld", "ldmatrix", by=128),
     "shift a store": _shift("st", by=128),
     "shift a copy": _shift("cp", by=128),
     "swap mma operands": _swap_in_mma,
-    "swap sums or weights of a wgmma": _swap_in_wgmma,
-    "flip a transposition of a wgmma": _flip_in_wgmma,
     "widen a store": _widen,
     "lose or negate a guard": _predicate,
     "shuffle elsewhere": _shuffle,
     "add for subtract": _replace("sub", "sub.f32", "add.f32"),
     "drop the transposition": _replace("ldmatrix", ".trans", ""),
+}
+
+HOPPER_RULES: dict[str, Rule] = {
+    "delete a fence": _delete("fence.proxy.async.shared::cta"),
+    "swap sums or weights of a wgmma": _swap_in_wgmma,
+    "flip a transposition of a wgmma": _flip_in_wgmma,
 }
 
 # These often change nothing: a bound that no size meets exactly, a maximum that serves only as a stabiliser.

@@ -14,7 +14,7 @@ from perceiver_kernels.testing.cases import Case
 from perceiver_kernels.testing.inputs import make_inputs
 from ptx import test_cuda_backward as backward
 from ptx.cuda_kernels import CSRC, element_type, entries
-from ptx.mutate import Mutant, mutants, score
+from ptx.mutate import HOPPER_RULES, RULES, Mutant, mutants, score
 from ptx.test_cuda_attention import Kernel, check_forward, launches
 
 SOURCE, BACKWARD = (CSRC / "cuda" / "hopper" / name for name in ("forward.cu", "backward.cu"))
@@ -99,10 +99,15 @@ def test_every_mutant_is_caught() -> None:
 
     ptx = entries(SOURCE)[forward.name]
     assert right(ptx)
-    chosen = [one for one in mutants(ptx, forward.name, 5, report.executed) if not harmless(one)]
+    chosen = [
+        one
+        for one in mutants(ptx, forward.name, 5, report.executed, RULES | HOPPER_RULES)
+        if not harmless(one)
+    ]
     result = score(chosen, right)
     print(result)
     assert result.total >= 40
+    assert set(result.caught) >= set(HOPPER_RULES)
     assert not result.survivors, str(result)
 
 
@@ -124,9 +129,10 @@ def test_every_backward_mutant_is_caught() -> None:
 
     ptx = entries(BACKWARD)[attention.name]
     assert right(ptx)
-    result = score(mutants(ptx, attention.name, 4, report.executed), right)
+    result = score(mutants(ptx, attention.name, 4, report.executed, RULES | HOPPER_RULES), right)
     print(result)
     assert result.total >= 30
+    assert set(result.caught) >= set(HOPPER_RULES)
     assert not result.survivors, str(result)
 
 

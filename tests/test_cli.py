@@ -373,7 +373,7 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         for point in checkpointed(training, training.steps(load_corpus()[0][:50_000], float), path):
             if point["step"] == 4:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # to this very thread, at once
     assert signal.getsignal(signal.SIGINT) is before
     again = Training.load_or_begin(path, TINY_TRAINING)
     assert again.points == training.points
@@ -382,7 +382,7 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
 
     def twice() -> Iterator[int]:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this very thread, at once
         yield 1
 
     with pytest.raises(KeyboardInterrupt):

@@ -65,6 +65,10 @@ def draw(result: Result, path: Path) -> None:
     """Bits per byte, and seconds of a step, over context."""
     figure, (bits, pace) = charts.canvas(2, 1, (12, 4.8))
     setting = result["setting"]
+    measured = [row for row in result["rows"] if "error" not in row]
+    worst = {row["context"]: 0.0 for row in measured}
+    for row in measured:
+        worst[row["context"]] = max(worst[row["context"]], row["held_out_bits"])
     for i, (kind, name) in enumerate(NAMES.items()):
         rows = [row for row in result["rows"] if row["kind"] == kind]
         good = [row for row in rows if "error" not in row]
@@ -74,10 +78,10 @@ def draw(result: Result, path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), "o-", color=COLORS[kind], markersize=5, label=name)
         for row in good:
             note = f"{row['held_out_bits']:.2f}\n{row['steps_full']:,} full steps"
-            at = (0, 10 if i else -10)
+            above = row["held_out_bits"] == worst[row["context"]]
             bits.annotate(
-                note, (row["context"], row["held_out_bits"]), at, textcoords="offset points", size=7,
-                color=COLORS[kind], ha="center", va="bottom" if i else "top",
+                note, (row["context"], row["held_out_bits"]), (0, 8 if above else -8), size=7,
+                textcoords="offset points", color=COLORS[kind], ha="center", va="bottom" if above else "top",
             )  # fmt: skip
         for row in rows:
             if "error" in row:
@@ -85,7 +89,6 @@ def draw(result: Result, path: Path) -> None:
                     f"{name}:\n{row['error']}", (row["context"], 0.03 + 0.12 * i), size=7, ha="center",
                     color=COLORS[kind], xycoords=("data", "axes fraction"),
                 )  # fmt: skip
-    measured = [row for row in result["rows"] if "error" not in row]
     if measured:
         zlib = measured[0]["zlib_bits"]
         bits.axhline(zlib, color=charts.INK, linestyle=":", linewidth=1, label=f"zlib -9: {zlib:.2f}")

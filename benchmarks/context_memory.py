@@ -159,11 +159,8 @@ def points(args: argparse.Namespace) -> Iterator[Callable[[list[Row]], Row | Non
             row.pop("seconds", None)
         return row
 
-    ways, lengths = (
-        (tuple(WAYS), LENGTHS) if args.study == "layer" else (("plain", "streamed"), MODEL_LENGTHS)
-    )
-    for n in args.lengths or lengths:
-        for way in args.ways or ways:
+    for n in args.lengths or (LENGTHS if args.study == "layer" else MODEL_LENGTHS):
+        for way in args.ways or MEMORY_WAYS[args.study]:
             yield partial(point, way, n)
 
 
@@ -247,6 +244,11 @@ def report_time(result: Result, plot: Path | None) -> None:
         )
 
 
+MEMORY_WAYS: dict[str, tuple[str, ...]] = {
+    "layer": tuple(WAYS),
+    "model": ("plain", "streamed"),
+    "time": (),
+}
 STUDIES = {
     "layer": (points, report_memory),
     "model": (points, report_memory),
@@ -273,6 +275,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     args = parser.parse_args()
+    for way in args.ways or ():
+        if way not in MEMORY_WAYS[args.study]:
+            parser.error(
+                f"--ways of {args.study}: {', '.join(MEMORY_WAYS[args.study]) or 'none'}; got {way!r}"
+            )
     jobs, report = STUDIES[args.study]
     command = shlex.join(["python", "-m", "benchmarks.context_memory", *sys.argv[1:]])
     result: Result = {**provenance(), "command": command, "cap_gb": round(args.cap_gb, 1), "rows": []}

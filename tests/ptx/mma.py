@@ -1,4 +1,4 @@
-"""Tensor core instructions: mma.sync and ldmatrix, with the fragment layouts of the PTX manual.
+"""Tensor core instructions: mma.sync, ldmatrix and stmatrix, with the fragment layouts of the PTX manual.
 
 Products are exact and sums are formed in float64, then rounded once to the accumulator's type. The hardware
 keeps fewer bits and sums in an order of its own, so its result differs in the last bits.
@@ -6,6 +6,7 @@ keeps fewer bits and sums in an order of its own, so its result differs in the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -107,28 +108,37 @@ def _mma(b: Build) -> Body:
     return body
 
 
-@op("ldmatrix")
-def _ldmatrix(b: Build) -> Body:
+def _matrices(b: Build) -> tuple[int, bool, Callable[[Mask], Mask]]:
+    """Modifiers of ldmatrix and stmatrix: how many matrices, transposed or not, whose addresses count."""
     b.need("sync")
     b.need("aligned")
     b.need("m8n8")
     count = int(b.need("x1", "x2", "x4")[1:])
     transpose = b.flag("trans")
     if b.take("shared", "shared::cta") is None:
-        raise b.unknown("generic ldmatrix")
+        raise b.unknown(f"generic {b.instr.op}")
     b.kind("b16")
+    first = b.lanes.lane < 8 * count
+
+    def giving(mask: Mask) -> Mask:
+        return mask if count == 4 else first if mask is None else first & mask
+
+    return count, transpose, giving
+
+
+@op("ldmatrix")
+def _ldmatrix(b: Build) -> Body:
+    count, transpose, giving = _matrices(b)
     outs = [b.dst(item, "b32") for item in b.items(0)]
     if len(outs) != count:
         raise b.unknown("number of registers")
     if b.lanes.threads % 32:
         raise b.unknown("ldmatrix in a block that is not of whole warps")
-    address, wave, instr, lanes = Address(b, b.operand(1), "shared"), b.wave, b.instr, b.lanes
-    giving = lanes.lane < 8 * count  # lanes whose addresses count
+    address, wave, instr = Address(b, b.operand(1), "shared"), b.wave, b.instr
 
     def body(mask: Mask) -> None:
         wave.whole_warps(mask, instr, "warp")
-        chosen: Mask = mask if count == 4 else giving if mask is None else giving & mask
-        ((space, who, at, _),) = address.resolve(chosen, 16)
+        ((space, who, at, _),) = address.resolve(giving(mask), 16)
         rows = space.load(who, at, 16, wave.reporter(instr, space), whole_warp=True)
         halves = rows.view(np.uint16).reshape(-1, count, 8, 8)  # warp, matrix, row, column
         if transpose:
@@ -145,24 +155,15 @@ def _ldmatrix(b: Build) -> Body:
 
 @op("stmatrix")
 def _stmatrix(b: Build) -> Body:
-    b.need("sync")
-    b.need("aligned")
-    b.need("m8n8")
-    count = int(b.need("x1", "x2", "x4")[1:])
-    transpose = b.flag("trans")
-    if b.take("shared", "shared::cta") is None:
-        raise b.unknown("generic stmatrix")
-    b.kind("b16")
+    count, transpose, giving = _matrices(b)
     words = [b.src(item, "b32") for item in b.items(1)]
     if len(words) != count or b.lanes.threads % 32:
         raise b.unknown("number of registers, or a block that is not of whole warps")
-    address, wave, instr, lanes = Address(b, b.operand(0), "shared"), b.wave, b.instr, b.lanes
-    giving = lanes.lane < 8 * count  # lanes whose addresses count
+    address, wave, instr = Address(b, b.operand(0), "shared"), b.wave, b.instr
 
     def body(mask: Mask) -> None:
         wave.whole_warps(mask, instr, "warp")
-        chosen: Mask = mask if count == 4 else giving if mask is None else giving & mask
-        ((space, who, at, _),) = address.resolve(chosen, 16)
+        ((space, who, at, _),) = address.resolve(giving(mask), 16)
         # matrix, warp, row, column
         halves = np.stack(words).reshape(count, -1, 32).view(np.uint16).reshape(count, -1, 8, 8)
         if transpose:

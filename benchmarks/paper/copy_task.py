@@ -57,7 +57,7 @@ class Recipe:
     passed: float = 0.99  # smoothed accuracy at which the window doubles
     goal: float = 0.998  # and at which, at full length, the learning rate starts to fall
     patience: int = 1500  # or after so many steps there
-    cooldown: int = 300  # steps in which it falls to 0
+    cooldown: int = 600  # steps in which it falls to 0
     warmup: int = 20
     streamed: bool = False
 
@@ -295,7 +295,7 @@ def main() -> None:
         f"mirrored tokens right ({result['accuracy']:.4%}) after {training.seconds:.0f} s of training; "
         f"{mib(result['peak_bytes'])} MiB at most in this process"
     )
-    write_json(name.with_suffix(".json"), result | {"log": training.log})
+    write_json(name.with_suffix(".json"), result | {"log": training.log[::10]})
     training.model.save(name.with_suffix(".safetensors"))
     draw_chart(training, result, name.with_suffix(".png"))
     if training.done:

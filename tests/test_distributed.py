@@ -375,20 +375,23 @@ def parallel_training_equals_one_process() -> list[str]:
         return []
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     data, context = mesh.get_coordinate()
-    model = small_model()
+    model = small_model(cross_after=(0,))
     tokens, labels = torch.randint(17, (2, 50)), torch.randint(17, (2, 9))
     F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).backward()
     want = {name: parameter.grad for name, parameter in model.named_parameters()}
     own = slice(0, 20) if context == 0 else slice(20, 50)
     wrong = []
-    for name in ("DDP", "FSDP"):
-        model = small_model()
+    for name, streamed in itertools.product(("DDP", "FSDP", "FSDP by block"), (False, True)):
+        model = small_model(cross_after=(0,), streamed=streamed, chunk_size=8)
+        if name == "FSDP by block":  # blocks that are resharded after their forward, then the rest
+            for block in (model.cross, *model.later_crosses, *model.blocks):
+                fully_shard(block, mesh=mesh)
         parallel = DistributedDataParallel(model) if name == "DDP" else fully_shard(model, mesh=mesh)
         logits = parallel(tokens[data : data + 1, own], group=mesh["context"])
         F.cross_entropy(logits.flatten(0, 1), labels[data]).backward()
         for key, parameter in model.named_parameters():
-            gradient = parameter.grad.full_tensor() if name == "FSDP" else parameter.grad
-            wrong += [f"{name} {key}"] if off(gradient, want[key]) else []
+            gradient = parameter.grad if name == "DDP" else parameter.grad.full_tensor()
+            wrong += [f"{name} {streamed} {key}"] if off(gradient, want[key]) else []
     return wrong
 
 

@@ -203,15 +203,44 @@ def test_natural_loops() -> None:
 def test_only_the_innermost_tensor_loop_counts_and_its_mask_is_cold() -> None:
     (found,) = tensor_loops(listing(*NESTED))
     assert found.address == 0x20
-    assert [each.base for each in found.hot] == ["LDSM", "BRA", "HMMA", "BRA"]
+    assert [each.base for each in found.roles[0]] == ["LDSM", "BRA", "HMMA", "BRA"]
     assert [each.base for each in found.cold] == ["FSEL", "FSEL"]
 
 
 def test_conditional_loads_and_products_are_hot() -> None:
     for middle in ("LDGSTS.E.128 [R0], [R2.64]", HMMA):
         (found,) = tensor_loops(listing(HMMA, "@P1 BRA 0x30", middle, "@P0 BRA 0x0", "EXIT"))
-        assert middle.split(maxsplit=1)[0] in [each.opcode for each in found.hot][2:]
+        assert middle.split(maxsplit=1)[0] in [each.opcode for each in found.roles[0]][2:]
         assert not found.cold
+
+
+def roles(first: str, second: str, *work: str) -> list[Instruction]:
+    """A loop in which half of the warps do ``work`` and meet the others at barriers."""
+    end = 0x50 + 0x10 * len(work)
+    return listing(
+        HMMA, f"@!P4 BRA {end - 0x10:#x}", *work, first, f"BRA {end:#x}", second, HMMA, "@P0 BRA 0x0", "EXIT"
+    )
+
+
+def test_warps_that_meet_at_named_barriers_have_roles() -> None:
+    (found,) = tensor_loops(roles("BAR.SYNC 0x1, 0x100", "BAR.ARV 0x1, 0x100", "FADD R0, R0, R1"))
+    own = [[each.opcode for each in role][2:-2] for role in found.roles]
+    assert own == [["FADD", "BAR.SYNC", "BRA"], ["BAR.ARV"]]
+    assert not found.cold
+    (found,) = tensor_loops(roles("BAR.SYNC 0x0", "NOP", "FADD R0, R0, R1"))
+    assert (len(found.roles), len(found.cold)) == (1, 4)
+
+
+def test_roles_wait_for_one_another() -> None:
+    """One works for 500 cycles and says so, without a barrier in between; the other waits."""
+    (found,) = tensor_loops(roles("BAR.ARV 0x1, 0x100", "BAR.SYNC 0x1, 0x100", *[ins("NOP", stall=5)] * 100))
+    one = cycles_per_iteration(found.roles, A100, 2, 2)
+    assert one == pytest.approx(500 + 5 + 5, abs=2)
+    with pytest.raises(ValueError, match="1 warps of a block can't have 2 roles"):
+        cycles_per_iteration(found.roles, A100, 2, 1)
+    (found,) = tensor_loops(roles("BAR.SYNC 0x1, 0x100", "BAR.SYNC 0x2, 0x100"))
+    with pytest.raises(RuntimeError, match="every warp waits at a barrier"):
+        cycles_per_iteration(found.roles, A100, 2, 2)
 
 
 def test_a_loop_without_products_is_no_tensor_loop() -> None:
@@ -221,8 +250,8 @@ def test_a_loop_without_products_is_no_tensor_loop() -> None:
 def test_sibling_loops_and_loops_with_two_latches() -> None:
     code = listing(HMMA, "@P0 BRA 0x0", "FADD R0, R0, R1", HMMA, "@P1 BRA 0x20", HMMA, "@P2 BRA 0x20", "EXIT")
     first, second = tensor_loops(code)
-    assert (first.address, len(first.hot)) == (0, 2)
-    assert (second.address, len(second.hot), len(second.cold)) == (0x20, 5, 0)
+    assert (first.address, len(first.roles[0])) == (0, 2)
+    assert (second.address, len(second.roles[0]), len(second.cold)) == (0x20, 5, 0)
 
 
 @pytest.mark.parametrize("branch", ["BRA P1, 0x0", "BRA.DIV UR4, 0x0", "BRA !UP0, 0x0", "@!P3 BRA 0x0"])
@@ -422,7 +451,7 @@ def test_loads_share_the_l2_bandwidth() -> None:
 
 def test_cycles_scale_with_warps() -> None:
     body = loop(*[HMMA] * 32)
-    one, four = (cycles_per_iteration(body, A100, warps, warps) for warps in (1, 4))
+    one, four = (cycles_per_iteration([body], A100, warps, warps) for warps in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.03)
 
 

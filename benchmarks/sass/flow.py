@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ BLOCK_TENSOR = frozenset(("UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA", "UTCMXQMMA
 TENSOR = WARP_TENSOR | GROUP_TENSOR | BLOCK_TENSOR
 _ENDS = frozenset(("BRA", "BRX", "JMP", "JMX", "EXIT", "RET"))
 _LOADS = frozenset(("LDG", "LDGSTS", "RED", "REDG", "UTMALDG", "UBLKCP"))
-_OPERAND_PREDICATE = re.compile(r"!?U?P\d")
+_OPERAND_PREDICATE = re.compile(r"(!?)(U?P\d)")
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class Graph:
 
 @dataclass(frozen=True)
 class Loop:
-    """``hot``: what every iteration does. ``cold``: conditional code without tensor work or global loads."""
+    """``roles``: what every iteration does; several where a block's warps take different branches for good.
+
+    ``cold``: conditional code without tensor work or global loads.
+    """
 
     address: int
-    hot: tuple[Instruction, ...]
+    roles: tuple[tuple[Instruction, ...], ...]
     cold: tuple[Instruction, ...]
 
 
@@ -142,12 +146,53 @@ def tensor_loops(code: Sequence[Instruction]) -> list[Loop]:
     for head, (body, latches) in sorted(loops.items()):
         if any(other != head and other in body for other in loops):
             continue
-        hot: list[Instruction] = []
-        cold: list[Instruction] = []
         always = set.intersection(*(dominates[latch] for latch in latches))
-        for block in reversed(_postorder(flow, head, body)):
-            start, end = flow.blocks[block]
-            runs = block in always or has(block, TENSOR | _LOADS)
-            (hot if runs else cold).extend(code[start:end])
-        found.append(Loop(code[flow.blocks[head][0]].address, tuple(hot), tuple(cold)))
+        order = _postorder(flow, head, body)[::-1]
+        hot = {block for block in order if block in always or has(block, TENSOR | _LOADS)}
+        roles = [(hot | does) - others for does, others in _roles(code, flow, dominates, body)]
+
+        def listing(blocks: set[int], order: Sequence[int] = order) -> tuple[Instruction, ...]:
+            return tuple(
+                each for block in order if block in blocks for each in code[slice(*flow.blocks[block])]
+            )
+
+        cold = body - set.union(*roles)
+        found.append(Loop(code[flow.blocks[head][0]].address, tuple(map(listing, roles)), listing(cold)))
     return found
+
+
+def is_named_barrier(instruction: Instruction) -> bool:
+    """One for some of the block's warps: any but number 0."""
+    return instruction.base == "BAR" and not re.match(r"0x0\b", instruction.operands)
+
+
+def _roles(
+    code: Sequence[Instruction], flow: Graph, dominates: list[set[int]], body: set[int]
+) -> list[tuple[set[int], set[int]]]:
+    """For each role of the warps, the blocks that are its own, and those that are another's.
+
+    Branches on a predicate part the roles where named barriers stand on both sides: what meets there must
+    come from different warps.
+    """
+    sides: dict[str, dict[bool, set[int]]] = {}
+    for block in body:
+        last, after = code[flow.blocks[block][1] - 1], flow.successors[block]
+        match = _OPERAND_PREDICATE.search(last.predicate) or _OPERAND_PREDICATE.match(last.operands)
+        if match is None or len(after) != 2 or not body.issuperset(after):
+            continue
+        # An arm is what one can't get to but through it.
+        arms = [{each for each in body if arm in dominates[each]} for arm in after]
+        if all(any(map(is_named_barrier, _instructions(code, flow, arm))) for arm in arms):
+            taken_by = not match[1]
+            for value, arm in ((taken_by, arms[0]), (not taken_by, arms[1])):
+                sides.setdefault(match[2], {True: set(), False: set()})[value] |= arm
+    roles = []
+    for values in itertools.product((True, False), repeat=len(sides)):
+        does = [side[value] for side, value in zip(sides.values(), values, strict=True)]
+        others = [side[not value] for side, value in zip(sides.values(), values, strict=True)]
+        roles.append((set().union(*does), set().union(*others)))
+    return roles
+
+
+def _instructions(code: Sequence[Instruction], flow: Graph, blocks: set[int]) -> Iterator[Instruction]:
+    return itertools.chain.from_iterable(code[slice(*flow.blocks[block])] for block in blocks)

@@ -2,8 +2,9 @@
 
 In order within a warp; one instruction per cycle; the warp that issued last goes on as long as it can, else
 the oldest that can issue. A warp waits for its stall count, for the scoreboards in its wait mask, for full
-pipes, for asynchronous copies and warpgroup products at its DEPBARs, and for its block at barriers. Not
-modelled: caches, bank conflicts, register ports, instruction fetch, mbarriers, and cold blocks.
+pipes, for asynchronous copies and warpgroup products at its DEPBARs, and for others of its block at barriers.
+Not modelled: caches, bank conflicts, register ports, instruction fetch, mbarriers, barriers whose number is
+in a register, and cold blocks.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ OPERANDS_READ = 4  # cycles from service to the release of the read barrier
 LOOP_BRANCH = 5  # cycles from the last instruction to the first of the next iteration
 BARRIER = 25  # cycles from the last warp's arrival
 GROUPS_KEPT = 8  # at most so many outstanding copies or products matter
+_BARRIER = re.compile(r"(0x[0-9a-f]+)(?:, (0x[0-9a-f]+))?")  # number, threads
+_WARPS_APART = 128  # threads of a block for each of its warps on one sub-partition
 
 
 class _Step(NamedTuple):
@@ -40,16 +43,18 @@ class _Step(NamedTuple):
     waits: tuple[int, ...]
     write_barrier: int
     read_barrier: int
-    action: str  # "copy", "commit", "wait copies", "product", "wait products", "barrier" or none of these
+    action: str  # "copy", "commit", "wait copies", "product", "wait products", "barrier", "arrive" or none
     keep: int  # groups that a wait leaves outstanding
+    barrier: tuple[int, int | None]  # number, and warps that meet there; None: the whole block
 
 
 @dataclass
 class _Warp:
     block: int
+    steps: list[_Step]
     ready: float
     step: int = 0
-    iterations: int = 0
+    issued: int = 0
     at_barrier: bool = False
     scoreboards: list[float] = field(default_factory=lambda: [0.0] * 6)
     last_copy: float = 0
@@ -61,8 +66,8 @@ def _action(instruction: Instruction) -> str:
     base, opcode = instruction.base, instruction.opcode
     if base == "WARPGROUP" and "DEPBAR" in opcode:
         return "wait products"
-    if base == "BAR" and "SYNC" in opcode:
-        return "barrier"
+    if base == "BAR" and _BARRIER.match(instruction.operands):
+        return "arrive" if "ARV" in opcode else "barrier"
     if base in GROUP_TENSOR:
         return "product" if "gsb" in instruction.operands else ""  # only the last of a group signals
     return {"LDGSTS": "copy", "LDGDEPBAR": "commit", "DEPBAR": "wait copies"}.get(base, "")
@@ -84,6 +89,7 @@ def _step(instruction: Instruction, machine: Machine) -> _Step:
     elif "memory" in used:
         latency = machine.latency_shuffle if instruction.base == "SHFL" else machine.latency_shared
     keep = re.search(r", (0x[0-9a-f]+)\s*$", instruction.operands) if action.startswith("wait") else None
+    named = _BARRIER.match(instruction.operands) if action in ("barrier", "arrive") else None
     return _Step(
         held=tuple((pipe, cost) for pipe, cost in used.items() if pipe not in ("issue", "l2", *queues)),
         queued=tuple((pipe, cost) for pipe, cost in used.items() if pipe in queues),
@@ -96,6 +102,9 @@ def _step(instruction: Instruction, machine: Machine) -> _Step:
         read_barrier=instruction.read_barrier,
         action=action,
         keep=int(keep[1], 16) if keep else 0,
+        barrier=(int(named[1], 16), int(named[2], 16) // _WARPS_APART if named[2] else None)
+        if named
+        else (0, None),
     )
 
 
@@ -139,26 +148,37 @@ class _Partition:
 
 
 def cycles_per_iteration(
-    hot: Sequence[Instruction], machine: Machine, warps: int, warps_per_block: int, skew: float = 0
+    roles: Sequence[Sequence[Instruction]],
+    machine: Machine,
+    warps: int,
+    warps_per_block: int,
+    skew: float = 0,
 ) -> float:
     """Cycles in which each of ``warps`` warps on one sub-partition does one iteration.
 
     ``warps_per_block`` of them are one block's and meet at its barriers; blocks start ``skew`` cycles apart.
+    A block's warps share the ``roles`` out in equal parts, in order.
     """
-    steps = [_step(instruction, machine) for instruction in hot]
+    if warps_per_block % len(roles):
+        raise ValueError(f"{warps_per_block} warps of a block can't have {len(roles)} roles in equal parts")
+    programs = [[_step(instruction, machine) for instruction in role] for role in roles]
     partition = _Partition()
-    crew = [_Warp(index // warps_per_block, index // warps_per_block * skew) for index in range(warps)]
-    now, issued, iterations = 0.0, 0, 0
-    begun: tuple[float, int] | None = None
+    crew = [
+        _Warp(block, programs[place * len(roles) // warps_per_block], block * skew)
+        for block, place in (divmod(index, warps_per_block) for index in range(warps))
+    ]
+    meetings: dict[tuple[int, int], list[_Warp | None]] = {}
+    now, iterations = 0.0, 0
+    begun: tuple[float, list[int]] | None = None
     current: _Warp | None = None
     while iterations < warps * ROUNDS:
         if begun is None and iterations >= WARM_UP * warps:
-            begun = (now, issued)
+            begun = (now, [warp.issued for warp in crew])
         soonest, chosen = float("inf"), None
         for warp in [current, *crew] if current else crew:
             if warp.at_barrier:
                 continue
-            when = _ready(warp, steps[warp.step], partition)
+            when = _ready(warp, warp.steps[warp.step], partition)
             if when <= now:
                 chosen = warp
                 break
@@ -168,19 +188,36 @@ def cycles_per_iteration(
                 raise RuntimeError("every warp waits at a barrier")
             now = float(-(-soonest // 1))
             continue
-        current = chosen
-        _issue(chosen, steps[chosen.step], partition, now, crew)
-        issued += 1
+        current, step = chosen, chosen.steps[chosen.step]
+        _issue(chosen, step, partition, now)
+        if step.action in ("barrier", "arrive"):
+            number, count = step.barrier
+            _meet(
+                chosen, step, meetings.setdefault((chosen.block, number), []), count or warps_per_block, now
+            )
+        chosen.issued += 1
         chosen.step += 1
-        if chosen.step == len(steps):
+        if chosen.step == len(chosen.steps):
             chosen.step = 0
-            chosen.iterations += 1
             chosen.ready += LOOP_BRANCH
             iterations += 1
         now += 1
     assert begun is not None
     # All warps' instructions count, so a warp that ran ahead doesn't distort the result.
-    return (now - begun[0]) * warps / ((issued - begun[1]) / len(steps))
+    done = sum((w.issued - before) / len(w.steps) for w, before in zip(crew, begun[1], strict=True))
+    return (now - begun[0]) * warps / done
+
+
+def _meet(warp: _Warp, step: _Step, there: list[_Warp | None], count: int, now: float) -> None:
+    """A warp at a barrier: waits, or only says that it has come; the last of ``count`` lets all go on."""
+    if step.action == "barrier":
+        warp.at_barrier = True
+    there.append(warp if step.action == "barrier" else None)
+    if len(there) >= count:
+        for each in filter(None, there):
+            each.at_barrier = False
+            each.ready = max(each.ready, now + BARRIER)
+        there.clear()
 
 
 def _ready(warp: _Warp, step: _Step, partition: _Partition) -> float:
@@ -195,7 +232,7 @@ def _ready(warp: _Warp, step: _Step, partition: _Partition) -> float:
     return when
 
 
-def _issue(warp: _Warp, step: _Step, partition: _Partition, now: float, crew: list[_Warp]) -> None:
+def _issue(warp: _Warp, step: _Step, partition: _Partition, now: float) -> None:
     read, done = partition.serve(step, now)
     if step.action == "copy":
         warp.last_copy = max(warp.last_copy, done)
@@ -208,10 +245,3 @@ def _issue(warp: _Warp, step: _Step, partition: _Partition, now: float, crew: li
     if step.read_barrier != NO_BARRIER:
         warp.scoreboards[step.read_barrier] = max(warp.scoreboards[step.read_barrier], read)
     warp.ready = now + step.stall
-    if step.action == "barrier":
-        warp.at_barrier = True
-        peers = [each for each in crew if each.block == warp.block]
-        if all(each.at_barrier for each in peers):
-            for each in peers:
-                each.at_barrier = False
-                each.ready = max(each.ready, now + BARRIER)

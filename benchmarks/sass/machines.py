@@ -105,25 +105,25 @@ def memory_bytes(instruction: Instruction) -> int:
     return 128
 
 
-def _warp_tensor(instruction: Instruction, machine: Machine) -> float:
-    match = re.search(r"\.168(\d+)", instruction.opcode)
-    if match is None:
-        raise ValueError(f"no cost known for {instruction.opcode}")
+def products(instruction: Instruction) -> float:
+    """A warp's share of a tensor-core instruction, in tiles of 16 x 8 over 32 bytes of K."""
     parts = instruction.opcode.split(".")
-    size = next((size for name, size in _K_BYTES.items() if name in parts), 2)
-    return machine.warp_mma * int(match[1]) * size / 32
+    if instruction.base in WARP_TENSOR and (match := re.search(r"\.168(\d+)", instruction.opcode)):
+        size = next((size for name, size in _K_BYTES.items() if name in parts), 2)
+        return int(match[1]) * size / 32
+    if instruction.base in GROUP_TENSOR and (match := re.search(r"\.64x(\d+)x\d+", instruction.opcode)):
+        return int(match[1]) / 8  # each of four warps has 16 of the 64 rows
+    raise ValueError(f"no cost known for {instruction.opcode}")
 
 
 def _group_tensor(instruction: Instruction, machine: Machine) -> dict[str, float]:
     """wgmma: 64 rows by n over 32 bytes of K; B, and A unless in registers, are read from shared memory."""
-    match = re.search(r"\.64x(\d+)x\d+", instruction.opcode)
-    if match is None:
-        raise ValueError(f"no cost known for {instruction.opcode}")
-    columns = int(match[1])
+    tiles = products(instruction)
     rows = 0 if re.match(r"R\d+, R\d+", instruction.operands) else 64
-    # A sub-partition does 16 of the 64 rows: 8 columns are one warp_mma tile.
-    tensor = machine.warp_mma_at_peak * columns / 8
-    return {"tensor": tensor, "memory": (columns + rows) * 32 / machine.shared_bytes}
+    return {
+        "tensor": machine.warp_mma_at_peak * tiles,
+        "memory": (8 * tiles + rows) * 32 / machine.shared_bytes,
+    }
 
 
 def pipes(instruction: Instruction, machine: Machine) -> dict[str, float]:
@@ -133,7 +133,7 @@ def pipes(instruction: Instruction, machine: Machine) -> dict[str, float]:
     if instruction.predicate == NEVER:
         return used
     if base in WARP_TENSOR:
-        used["tensor"] = _warp_tensor(instruction, machine)
+        used["tensor"] = machine.warp_mma * products(instruction)
     elif base in GROUP_TENSOR:
         used |= _group_tensor(instruction, machine)
     elif base in BLOCK_TENSOR:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from . import issue
-from .flow import TENSOR, WARP_TENSOR, Loop, tensor_loops
+from .flow import BLOCK_TENSOR, TENSOR, WARP_TENSOR, Loop, tensor_loops
 from .listing import Function, disassemble
-from .machines import MACHINES, Machine, group, pipes
+from .machines import MACHINES, Machine, group, pipes, products
 from .resources import LIMITS, Resources, occupancy
 
 _SCHEDULERS = 4  # sub-partitions of an SM
@@ -21,6 +21,8 @@ _SCHEDULERS = 4  # sub-partitions of an SM
 class LoopReport:
     """One innermost tensor loop. Fractions are of the data sheet's dense tensor peak; None: no machine table.
 
+    Of roles that a block's warps share out, counts are the mean.
+
     ``bound``: if the busiest pipe never idled. ``single_warp``: one warp alone, stall counts only.
     ``simulated``: the resident warps together, mean over several offsets of the blocks (``cycles``).
     """
@@ -29,6 +31,7 @@ class LoopReport:
     instructions: int
     cold_instructions: int
     tensor_instructions: int
+    products: float | None  # of a warp, in tiles of 16 x 8 over 32 bytes of K; None: a block's, not a warp's
     mix: dict[str, int]
     pipes: dict[str, float]  # cycles per iteration and warp on one sub-partition
     stall_cycles: int
@@ -92,33 +95,39 @@ def price_loop(
     loop: Loop, machine: Machine | None, warps: int, warps_per_block: int, simulate: bool = True
 ) -> LoopReport:
     """``warps`` warps on each sub-partition, ``warps_per_block`` of a block."""
-    mix = Counter(group(instruction) for instruction in loop.hot)
-    stalls = sum(max(1, instruction.stall) for instruction in loop.hot)
-    used: Counter[str] = Counter()
+    hot = [each for role in loop.roles for each in role]
+    mean = 1 / len(loop.roles)
+    mix = Counter(group(instruction) for instruction in hot)
+    stalls = sum(max(1, instruction.stall) for instruction in hot) * mean
+    used: dict[str, float] = {}
     limiter = bound = single = simulated = None
     cycles: tuple[float, ...] = ()
     if machine is not None:
-        for instruction in loop.hot:
-            used.update(pipes(instruction, machine))
+        for instruction in hot:
+            for pipe, cost in pipes(instruction, machine).items():
+                used[pipe] = used.get(pipe, 0.0) + cost * mean
         limiter, busiest = max(used.items(), key=lambda item: item[1])
-        by_warps = any(each.base in WARP_TENSOR for each in loop.hot)
+        by_warps = any(each.base in WARP_TENSOR for each in hot)
         peak = machine.warp_mma_at_peak / machine.warp_mma if by_warps else 1.0
         work = used["tensor"] * peak
         bound, single = work / busiest, work / stalls
         if simulate and warps:
-            skews = (0, stalls // 4, stalls // 2) if warps > warps_per_block else (0,)
+            skews = (0.0, stalls // 4, stalls // 2) if warps > warps_per_block else (0.0,)
             cycles = tuple(
-                issue.cycles_per_iteration(loop.hot, machine, warps, warps_per_block, skew) for skew in skews
+                issue.cycles_per_iteration(loop.roles, machine, warps, warps_per_block, skew)
+                for skew in skews
             )
             simulated = warps * work * len(cycles) / sum(cycles)
+    tensor = [each for each in hot if each.base in TENSOR]
     return LoopReport(
         address=loop.address,
-        instructions=len(loop.hot),
+        instructions=round(len(hot) * mean),
         cold_instructions=len(loop.cold),
-        tensor_instructions=sum(each.base in TENSOR for each in loop.hot),
-        mix=dict(mix.most_common()),
-        pipes=dict(used.most_common()),
-        stall_cycles=stalls,
+        tensor_instructions=round(len(tensor) * mean),
+        products=None if {each.base for each in tensor} & BLOCK_TENSOR else sum(map(products, tensor)) * mean,
+        mix={kind: round(count * mean) for kind, count in mix.most_common()},
+        pipes=dict(sorted(used.items(), key=lambda item: -item[1])),
+        stall_cycles=round(stalls),
         limiter=limiter,
         bound=bound,
         single_warp=single,

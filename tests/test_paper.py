@@ -39,6 +39,7 @@ TINY = Recipe(
     first_reach=16,
     goal=0.0,
     cooldown=3,
+    sampled=64,
 )
 
 
@@ -151,14 +152,18 @@ class Oracle:
     def __init__(self, positions: int) -> None:
         self.positions = positions
         self.told: list[int] = []
+        self.lengths: list[int] = []
 
-    def __call__(self, model: Any, tokens: Tensor, first: int, latents: int) -> Tensor:
-        end = first + tokens.shape[1]
-        places = torch.arange(end - latents, end) + 1  # what is told
-        self.told += places.tolist()
-        source = self.positions - 1 - places - first
-        assert source.min() >= 0  # its source stands in the window
-        assert places.max() < self.positions
+    def __call__(self, model: Any, tokens: Tensor, places: Tensor, latents: int) -> Tensor:
+        assert tokens.shape[1] == len(places)
+        assert (places.diff() > 0).all()
+        self.lengths.append(len(places))
+        told = places[-latents:] + 1
+        assert (told.diff() == 1).all()
+        assert told[-1] < self.positions
+        self.told += told.tolist()
+        source = torch.searchsorted(places, self.positions - 1 - told)
+        assert torch.equal(places[source], self.positions - 1 - told)  # its source is there
         logits = torch.nn.functional.one_hot(tokens[:, source], TINY.vocabulary).float()
         return logits + 0 * sum(p.sum() for p in model.parameters())
 
@@ -198,22 +203,30 @@ def test_windows_grow_to_the_full_length_and_tell_their_edges(monkeypatch: pytes
     assert oracle.told.count(255) > 10  # at random places alone it would be 300 of 105
     assert oracle.told.count(128) > 10
     assert (training.settled, training.cooling) == (300, 0)
+    assert max(oracle.lengths) == 64 + 24  # a sample of the prefix
     training.recipe = Recipe(**{**vars(TINY), "goal": 2.0, "patience": 302})
     rates = []
     while not training.done:
         training.step()
         rates.append(training.optimizer.param_groups[0]["lr"] / TINY.lr)
     assert rates == pytest.approx([1, 1, 2 / 3, 1 / 3])  # patience ends with the second step
+    training.settled, training.cooling = 0, 1
+    oracle.lengths.clear()
+    training.recipe = Recipe(**{**vars(TINY), "cooldown": 100})
+    for _ in range(50):
+        training.step()
+    assert max(oracle.lengths) > 200  # and then all of it
 
 
 def test_predict_is_the_model_and_windows_keep_their_places() -> None:
     model = Recipe(**{**vars(TINY), "depth": 2}).model().double().eval()
     tokens = torch.randint(7, (2, 60))
-    got = copy_task.predict(model, tokens, 0, 24)
+    places = torch.arange(60)
+    got = copy_task.predict(model, tokens, places, 24)
     torch.testing.assert_close(got, model(tokens, num_latents=24), rtol=1e-9, atol=1e-9)
-    assert (copy_task.predict(model, tokens, 50, 24) - got).abs().max() > 1e-6
+    assert (copy_task.predict(model, tokens, 50 + places, 24) - got).abs().max() > 1e-6
     streamed = Recipe(**{**vars(TINY), "depth": 2, "streamed": True}).model().double().eval()
-    torch.testing.assert_close(copy_task.predict(streamed, tokens, 0, 24), got, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(copy_task.predict(streamed, tokens, places, 24), got, rtol=1e-9, atol=1e-9)
 
 
 SETTING = {"dim": 32, "depth": 2, "heads": 2, "latents": 16, "prefix_dropout": 0.0}

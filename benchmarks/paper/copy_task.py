@@ -7,10 +7,14 @@
 Straight training on so long a context stays on the floor: at first each key gets 1/N of the gradient. So the
 context grows. Positions are the absolute sinusoids of the full length from the start, training sees a window
 around the mirror point, and the window doubles whenever accuracy passes 99 % (which position to copy from,
-j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. The final
-evaluation is at full length with nothing left out: every token of the second half of sequences never seen,
-each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there is time for,
-spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the positions.
+j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. Until
+accuracy has settled at full length, a step sees no more than 16,384 positions of a longer prefix: the run that
+is copied, its neighbours, which are the hard ones to tell apart, and others at random. The cooldown, in which
+the learning rate falls to 0, sees all of them.
+
+The final evaluation is at full length with nothing left out: every token of the second half of sequences never
+seen, each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there is time
+for, spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the positions.
 
 Ctrl-C, or running out of --minutes, leaves a checkpoint; the same command goes on from it, to the same bits.
 """
@@ -55,9 +59,10 @@ class Recipe:
     step_latents: int = 1024  # predictions of a training step, over all its examples
     first_reach: int = 64  # half the first window
     passed: float = 0.99  # smoothed accuracy at which the window doubles
-    goal: float = 0.998  # and at which, at full length, the learning rate starts to fall
-    patience: int = 1500  # or after so many steps there
-    cooldown: int = 600  # steps in which it falls to 0
+    goal: float = 0.999  # and at which, at full length, the learning rate starts to fall
+    patience: int = 4000  # or after so many steps there
+    cooldown: int = 500  # steps in which it falls to 0
+    sampled: int = 16_384  # positions of the prefix that a step before the cooldown sees, at most
     warmup: int = 20
     streamed: bool = False
 
@@ -78,9 +83,11 @@ class Recipe:
         return PerceiverAR(config)
 
 
-def predict(model: PerceiverAR, tokens: Tensor, first: int, latents: int) -> Tensor:
-    """Logits (B, latents, vocabulary) of what follows each of the last of ``tokens`` (B, n)."""
-    places = torch.arange(first, first + tokens.shape[1])
+def predict(model: PerceiverAR, tokens: Tensor, places: Tensor, latents: int) -> Tensor:
+    """Logits (B, latents, vocabulary) of what follows each of the last of ``tokens`` (B, n).
+
+    ``places`` (n,): their positions, in order.
+    """
     if not model.config.streamed:
         inputs = model.embed(tokens, places)
         return model.logits(model.read(inputs[:, -latents:], inputs, places))
@@ -134,8 +141,10 @@ class Training(Resumable):
         half = torch.randint(recipe.vocabulary, (batch, self.reach), generator=self.draw)
         window = torch.cat((half, half.flip(1)), dim=1)
         first = middle - self.reach
-        logits = predict(self.model, window[:, : end - first], first, latents)
-        targets = window[:, end - first - latents + 1 : end - first + 1]
+        stop = end - first  # in the window
+        places = torch.arange(stop) if self.cooling else self.sample(stop, latents)
+        logits = predict(self.model, window[:, places], first + places, latents)
+        targets = window[:, stop - latents + 1 : stop + 1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
         share = min(1.0, (len(self.log) + 1) / recipe.warmup) * (1 - self.cooling / recipe.cooldown)
@@ -160,6 +169,20 @@ class Training(Resumable):
                 self.cooling += 1
         return point
 
+    def sample(self, stop: int, latents: int) -> Tensor:
+        """Which of a window's first ``stop`` positions a step sees: in order, the last are its latents."""
+        prefix, most = stop - latents, self.recipe.sampled
+        if prefix <= most:
+            return torch.arange(stop)
+        # The last of the latents tells position `stop`, which mirrors 2 * reach - 1 - stop.
+        source, around = 2 * self.reach - 1 - stop, max(0, most // 2 - latents) // 2
+        seen = torch.zeros(prefix, dtype=torch.bool)
+        seen[max(0, source - around) : source + latents + around] = True
+        far = torch.nonzero(~seen).flatten()
+        spare = max(0, most - int(seen.sum()))
+        seen[far[torch.randperm(len(far), generator=self.draw)[:spare]]] = True
+        return torch.cat((torch.nonzero(seen).flatten(), torch.arange(prefix, stop)))
+
 
 @torch.no_grad()
 def evaluate(model: PerceiverAR, recipe: Recipe, sequences: int) -> Iterator[tuple[int, int, int]]:
@@ -179,7 +202,8 @@ def evaluate(model: PerceiverAR, recipe: Recipe, sequences: int) -> Iterator[tup
             begin = middle + run * recipe.latents
             targets = sequence[:, begin : begin + recipe.latents]
             told = targets.shape[1]
-            logits = predict(model, sequence[:, : begin + told - 1], 0, told)
+            seen = begin + told - 1
+            logits = predict(model, sequence[:, :seen], torch.arange(seen), told)
             yield begin, int((logits.argmax(-1) == targets).sum()), told
     model.train()
 

@@ -8,13 +8,13 @@ Straight training on so long a context stays on the floor: at first each key get
 context grows. Positions are the absolute sinusoids of the full length from the start, training sees a window
 around the mirror point, and the window doubles whenever accuracy passes 99 % (which position to copy from,
 j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. Until
-accuracy has settled at full length, a step sees no more than 16,384 positions of a longer prefix: the run that
-is copied, its neighbours, which are the hard ones to tell apart, and others at random. The cooldown, in which
-the learning rate falls to 0, sees all of them.
+accuracy has settled at full length, a step sees no more than 16,384 positions of a longer prefix: the run
+that is copied, its neighbours, which are the hard ones to tell apart, and others at random. The cooldown, in
+which the learning rate falls to 0, sees all of them.
 
-The final evaluation is at full length with nothing left out: every token of the second half of sequences never
-seen, each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there is time
-for, spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the positions.
+The final evaluation is at full length with nothing left out: every token of the second half of sequences
+never seen, each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there is
+time for, spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the positions.
 
 Ctrl-C, or running out of --minutes, leaves a checkpoint; the same command goes on from it, to the same bits.
 """

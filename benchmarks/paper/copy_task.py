@@ -13,8 +13,9 @@ that is copied, its neighbours, which are the hard ones to tell apart, and other
 which the learning rate falls to 0, sees all of them.
 
 The final evaluation is at full length with nothing left out: every token of the second half of sequences
-never seen, each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there is
-time for, spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the positions.
+never seen, each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there
+is time for, spread evenly: any first few of them are.) Streamed, a step's memory doesn't grow with the
+positions.
 
 Ctrl-C, or running out of --minutes, leaves a checkpoint; the same command goes on from it, to the same bits.
 """

@@ -231,6 +231,20 @@ def test_warps_that_meet_at_named_barriers_have_roles() -> None:
     assert (len(found.roles), len(found.cold)) == (1, 4)
 
 
+@pytest.mark.parametrize("second", ["0x2", "0x1"])
+def test_roles_under_two_predicates(second: str) -> None:
+    """With one barrier for both, who arrives at it first must also be who arrives at it later."""
+    code = listing(
+        HMMA, "@!P4 BRA 0x40", "BAR.ARV 0x1, 0x100", "BRA 0x50", "BAR.SYNC 0x1, 0x100",
+        "@P5 BRA 0x80", f"BAR.ARV {second}, 0x100", "BRA 0x90", f"BAR.SYNC {second}, 0x100",
+        "@P0 BRA 0x0", "EXIT",
+    )  # fmt: skip
+    (found,) = tensor_loops(code)
+    own = [[each.opcode for each in role if each.base == "BAR"] for role in found.roles]
+    arrive, wait = "BAR.ARV", "BAR.SYNC"
+    assert own == ([[arrive, wait], [wait, arrive]] if second == "0x2" else [[arrive] * 2, [wait] * 2])
+
+
 def test_roles_wait_for_one_another() -> None:
     """One works for 500 cycles and says so, without a barrier in between; the other waits."""
     (found,) = tensor_loops(roles("BAR.ARV 0x1, 0x100", "BAR.SYNC 0x1, 0x100", *[ins("NOP", stall=5)] * 100))

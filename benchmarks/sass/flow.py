@@ -161,38 +161,47 @@ def tensor_loops(code: Sequence[Instruction]) -> list[Loop]:
     return found
 
 
-def is_named_barrier(instruction: Instruction) -> bool:
-    """One for some of the block's warps: any but number 0."""
-    return instruction.base == "BAR" and not re.match(r"0x0\b", instruction.operands)
-
-
 def _roles(
     code: Sequence[Instruction], flow: Graph, dominates: list[set[int]], body: set[int]
 ) -> list[tuple[set[int], set[int]]]:
     """For each role of the warps, the blocks that are its own, and those that are another's.
 
-    Branches on a predicate part the roles where named barriers stand on both sides: what meets there must
-    come from different warps.
+    Branches part two roles where named barriers stand on both sides: what meets there must come from
+    different warps. Where several predicates say who is who, a role arrives at no barrier that it awaits.
     """
-    sides: dict[str, dict[bool, set[int]]] = {}
-    for block in body:
+    sides: dict[str, tuple[set[int], set[int]]] = {}
+    for block in sorted(body):
         last, after = code[flow.blocks[block][1] - 1], flow.successors[block]
         match = _OPERAND_PREDICATE.search(last.predicate) or _OPERAND_PREDICATE.match(last.operands)
         if match is None or len(after) != 2 or not body.issuperset(after):
             continue
-        # An arm is what one can't get to but through it.
+        # An arm is what one can't get to but through it; the first is that of a true predicate.
         arms = [{each for each in body if arm in dominates[each]} for arm in after]
-        if all(any(map(is_named_barrier, _instructions(code, flow, arm))) for arm in arms):
-            taken_by = not match[1]
-            for value, arm in ((taken_by, arms[0]), (not taken_by, arms[1])):
-                sides.setdefault(match[2], {True: set(), False: set()})[value] |= arm
-    roles = []
-    for values in itertools.product((True, False), repeat=len(sides)):
-        does = [side[value] for side, value in zip(sides.values(), values, strict=True)]
-        others = [side[not value] for side, value in zip(sides.values(), values, strict=True)]
-        roles.append((set().union(*does), set().union(*others)))
-    return roles
+        if match[1]:
+            arms.reverse()
+        if all(_barriers(code, flow, arm) for arm in arms):
+            true, false = sides.setdefault(match[2], (set(), set()))
+            true |= arms[0]
+            false |= arms[1]
+    if not sides:
+        return [(set(), set())]
+    first, *rest = sides.values()
+    for turned in itertools.product((False, True), repeat=len(rest)):
+        roles = tuple(map(set, first))
+        for side, turn in zip(rest, turned, strict=True):
+            for role, arm in zip(roles, reversed(side) if turn else side, strict=True):
+                role |= arm
+        if not any(_crosses_itself(_barriers(code, flow, role)) for role in roles):
+            return [(roles[0], roles[1]), (roles[1], roles[0])]
+    raise ValueError(f"who is who at {', '.join(sides)}?")
 
 
-def _instructions(code: Sequence[Instruction], flow: Graph, blocks: set[int]) -> Iterator[Instruction]:
-    return itertools.chain.from_iterable(code[slice(*flow.blocks[block])] for block in blocks)
+def _barriers(code: Sequence[Instruction], flow: Graph, blocks: set[int]) -> list[Instruction]:
+    """Those for some of a block's warps: any but number 0."""
+    inside = itertools.chain.from_iterable(code[slice(*flow.blocks[block])] for block in blocks)
+    return [each for each in inside if each.base == "BAR" and not re.match(r"0x0\b", each.operands)]
+
+
+def _crosses_itself(barriers: list[Instruction]) -> bool:
+    arrives, awaits = ({b.operands for b in barriers if ("ARV" in b.opcode) == arv} for arv in (True, False))
+    return not arrives.isdisjoint(awaits)

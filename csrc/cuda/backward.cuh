@@ -47,7 +47,7 @@ struct BackwardTile {
   __device__ static int column_of(int warp) { return warp % kColumnWarps * kColumnTiles * 8; }
   static constexpr int kKeyBytes = 2 * kBlockN * kDim;
   static constexpr int kGradientBytes = 2 * kBlockN * kBlockM;
-  static constexpr int kFactorBytes = kRoles == 2 ? 4 * kBlockN * kStepRows : 0;
+  static constexpr int kFactorBytes = kRoles == 2 ? 2 * kBlockN * kStepRows : 0;
   // Values are needed only until they are in registers.
   static constexpr int kLateBytes = kGradientBytes + kFactorBytes + (kHeld ? 0 : kKeyBytes);
   static constexpr int kSharedBytes =
@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
   const Copier<kDim, kBlockN, Shape::kThreads> copier;
 
   for (int start = run_start; start < run_stop; start += kBlockN) {
-    // Tiles of rows before `first` see none of these keys, those from `full` on all of them.
+    // Tiles of rows before `first` see none of these keys, those from `full` on all of them. A run's first
+    // keys count as masked: the other loop only ever adds to the slab.
     const int first = start < example.seen_by_any ? first_row_of(example, group, start) / kBlockM : row_tiles;
     int full = (first_row_of(example, group, start + kBlockN - 1) + kBlockM - 1) / kBlockM;
     auto copy_rows = [&](int tile) {
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
     wait_for_copies<0>();  // the keys before these have served, also those that no row sees
     const bool all_there = copy_keys(copier, arguments, example, start, keys, values);
     copy_rows(first);
-    if (!__syncthreads_and(all_there)) full = row_tiles;
+    if (!__syncthreads_and(all_there) || start == run_start) full = row_tiles;
     full = min(full, row_tiles);
     if constexpr (Shape::kHeld) wait_for_copies<0>();
     LeftOperand<kDim, kKeyTiles, Shape::kHeld> left[3 - Shape::kRoles];
@@ -155,14 +156,6 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
     auto attend = [&](int tile, auto is_masked) {
       constexpr bool kMasked = decltype(is_masked)::value;
       const uint32_t stage = stages + (tile - first) % 2 * Rows::kBytes;
-      float* part_of_slab = slab + tile * int64_t{Rows::kNumbers};
-      Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
-      auto load_dq = [&] {
-        if (start == run_start) return;
-        for_each_accumulator<Shape>(dq, part_of_slab, threadIdx.x, [](Accumulator& sum, const float4& part) {
-          sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
-        });
-      };
       wait_for_copies<0>();
       copy_rows(tile + 1);
 #pragma unroll
@@ -176,21 +169,20 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
         const Step<kKeyTiles, kRowTiles, kMasked, kHasScore> between{arguments, example, first_rows,
                                                                      tile * kBlockM + thread_row, key};
         if constexpr (kSplit) {
-          const uint32_t place = factors_tile + (pair * kKeyTiles * kRowTiles * 32 + lane) * 16;
+          const uint32_t place = factors_tile + (pair * kKeyTiles * kRowTiles * 16 + lane) * 16;
           multiply_scores<Element, kDim>(scores, left[0], (does_values ? query : dout) + my_columns);
           if (does_values) {
             between.weigh(scores, factors, shifts);
             if (step > 0) await<Shape::kThreads>(2 * step);
-            send(factors, place);
+            send<Element>(factors, place);
             arrive<Shape::kThreads>(2 * step + 1);
           } else {
             await<Shape::kThreads>(2 * step + 1);
-            receive(factors, place);
+            receive<Element>(factors, place);
             if (step < Shape::kSteps - 1) arrive<Shape::kThreads>(2 * step + 2);
             between.differentiate(scores, factors, deltas);
             store_gradients<Element, kBlockM>(scores, my_gradients, row, lane);
           }
-          if (step == Shape::kSteps - 1) load_dq();  // on its way meanwhile
           add_weighted<Element, kDim>(sums[0], scores, (does_values ? dout : query) + my_rows);
         } else {
           Transposed<kKeyTiles, kRowTiles> products;
@@ -203,14 +195,13 @@ __global__ void __launch_bounds__(Shape::kThreads) attention_backward(const Back
           add_weighted<Element, kDim>(sums[1], products, query + my_rows);
         }
       }
-      if constexpr (!kSplit) load_dq();
       __syncthreads();  // dS is there
+      Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
       add_queries<Element, kDim, kBlockM, kBlockN>(dq, gradients + lane_offset_of_columns<kBlockM>(lane),
                                                    keys + my_rows, row_warp * Shape::kQueryTiles,
                                                    column_warp * Shape::kColumnTiles);
-      for_each_accumulator<Shape>(dq, part_of_slab, threadIdx.x, [](const Accumulator& sum, float4& part) {
-        part = {sum[0], sum[1], sum[2], sum[3]};
-      });
+      add_to_slab<Shape>(dq, slab + tile * int64_t{Rows::kNumbers}, threadIdx.x,
+                         kMasked && start == run_start);
     };
     int tile = first;
     for (; tile < full; ++tile) attend(tile, std::true_type());

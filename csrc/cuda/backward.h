@@ -40,8 +40,8 @@ struct BackwardArguments {
   uint32_t dropout_threshold;
   float keep_factor;  // 1 / (1 - dropout_p)
 
-  // Workspace: multiples of 16 bytes, contents free. row_tiles are those of a key head: BackwardKernel's
-  // row_tiles(). There are kv_heads times that in all, and batch times that unless packed.
+  // Workspace: multiples of 16 bytes, contents free. row_tiles are those of a key head: packed, of all
+  // sequences, each of which may waste a part of one.
   int32_t row_tiles, runs;
   void* tiles;   // (all tiles, tile_bytes)
   float* slabs;  // (runs, all tiles, slab_floats)
@@ -58,21 +58,13 @@ struct BackwardKernel {
   void (*pack)(BackwardArguments);       // grid: ceil(group * queries / block_m) * batch * kv_heads
   void (*attention)(BackwardArguments);  // grid: runs * batch * kv_heads
   void (*reduce)(BackwardArguments);     // grid: as pack's
-
-  // Tiles of a key head: of each example, or packed, where every sequence may waste a part of one, of all.
-  int64_t row_tiles(int64_t group, int64_t queries) const {
-    return (group * queries + block_m - 1) / block_m;
-  }
-  int64_t packed_row_tiles(int64_t group, int64_t all_queries, int64_t batch) const {
-    return group * all_queries / block_m + batch;
-  }
 };
 
 // The one to take, null beyond a head dim of 256. has_score: softcap or dropout. runs: from 1 to
 // ceil(keys / block_n), a matter of filling the device and of memory; more only leave blocks idle.
 const BackwardKernel* backward_kernel(DType dtype, int dim, bool has_score);
 
-// For Hopper, whose own instructions it needs: null beyond a head dim of 128.
+// For Hopper, whose own instructions it needs, up to a head dim of 128.
 namespace hopper {
 const BackwardKernel* backward_kernel(DType dtype, int dim, bool has_score);
 }

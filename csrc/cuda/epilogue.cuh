@@ -112,14 +112,12 @@ __device__ __forceinline__ void store_rows(const ForwardArguments& arguments, co
   }
 }
 
-constexpr int kCombineThreads = 128;
-
-// A warp merges a row's parts, in the order of the splits. Grid: rows / 4, rounded up.
+// A warp merges a row's parts, in the order of the splits. Grid: rows / kCombineRows, rounded up.
 template <class Element>
 __global__ void __launch_bounds__(kCombineThreads) combine_splits(const CombineArguments arguments) {
   constexpr float kLog2E = 1.442695041f;
   const int lane = threadIdx.x % 32;
-  const int64_t row = blockIdx.x * int64_t{kCombineThreads / 32} + threadIdx.x / 32;
+  const int64_t row = blockIdx.x * int64_t{kCombineRows} + threadIdx.x / 32;
   if (row >= arguments.rows) return;
   const float* lses = arguments.part_lses + row;
 

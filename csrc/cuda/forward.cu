@@ -29,13 +29,13 @@ const ForwardKernel kManyRows[] = {
 
 // Decode: memory binds, so the options cost nothing and four warps share a few rows.
 template <class Element>
-const ForwardKernel kFewRows[] = {
-    compiled<ForwardTile<Element, 32, 16, 64, 1, 4, 2, true>, true>(),
-    compiled<ForwardTile<Element, 64, 16, 64, 1, 4, 2, true>, true>(),
-    compiled<ForwardTile<Element, 96, 16, 64, 1, 4, 2, true>, true>(),
-    compiled<ForwardTile<Element, 128, 16, 64, 1, 4, 2, true>, true>(),
-    compiled<ForwardTile<Element, 192, 16, 64, 1, 4, 1, true>, true>(),
-    compiled<ForwardTile<Element, 256, 16, 64, 1, 4, 1, false>, true>(),
+const ForwardKernel kForFewRows[] = {
+    compiled<ForwardTile<Element, 32, kFewRows, 64, 1, 4, 2, true>, true>(),
+    compiled<ForwardTile<Element, 64, kFewRows, 64, 1, 4, 2, true>, true>(),
+    compiled<ForwardTile<Element, 96, kFewRows, 64, 1, 4, 2, true>, true>(),
+    compiled<ForwardTile<Element, 128, kFewRows, 64, 1, 4, 2, true>, true>(),
+    compiled<ForwardTile<Element, 192, kFewRows, 64, 1, 4, 1, true>, true>(),
+    compiled<ForwardTile<Element, 256, kFewRows, 64, 1, 4, 1, false>, true>(),
 };
 
 template <int kTiles>
@@ -48,7 +48,7 @@ const ForwardKernel* serving(const ForwardKernel (&kernels)[kTiles], int dim, in
 
 template <class Element>
 const ForwardKernel* forward_kernel(int dim, int64_t rows, bool has_score, int shared_limit) {
-  if (rows <= kFewRows<Element>[0].block_m) return serving(kFewRows<Element>, dim, shared_limit);
+  if (rows <= kFewRows) return serving(kForFewRows<Element>, dim, shared_limit);
   return has_score ? serving(kManyRows<Element, true>, dim, shared_limit)
                    : serving(kManyRows<Element, false>, dim, shared_limit);
 }

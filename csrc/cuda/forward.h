@@ -53,16 +53,19 @@ struct ForwardKernel {
   void (*kernel)(ForwardArguments);
 };
 
+constexpr int kFewRows = 16;  // up to here memory binds
+
 // The one for this many packed rows, queries * group; null beyond a head dim of 256, or where a block may not
 // have the shared memory. has_score: softcap or dropout.
 const ForwardKernel* forward_kernel(DType dtype, int dim, int64_t rows, bool has_score, int shared_limit);
 
-// For Hopper, whose own instructions it needs: null beyond a head dim of 128. Worth it for many rows.
+// For Hopper, whose own instructions it needs, up to a head dim of 128. Worth it for many rows.
 namespace hopper {
 const ForwardKernel* forward_kernel(DType dtype, int dim, bool has_score);
 }
 
-using CombineKernel = void (*)(CombineArguments);  // grid: rows / 4, rounded up, of 128 threads
+constexpr int kCombineThreads = 128, kCombineRows = kCombineThreads / 32;  // of a block
+using CombineKernel = void (*)(CombineArguments);  // grid: rows / kCombineRows, rounded up
 CombineKernel combine_kernel(DType dtype);
 
 }  // namespace pk::cuda

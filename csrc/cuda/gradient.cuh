@@ -106,32 +106,39 @@ struct Step {
   }
 };
 
-// Through shared memory to the thread with the same keys and rows, 16 bytes for each accumulator.
-template <int kKeyTiles, int kRowTiles>
+// Through shared memory to the thread with the same keys and rows, rounded, 16 bytes for two accumulators.
+template <class Element, int kKeyTiles, int kRowTiles>
 __device__ __forceinline__ void send(const Transposed<kKeyTiles, kRowTiles>& weights, uint32_t place) {
 #pragma unroll
   for (int m = 0; m < kKeyTiles; ++m) {
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      const Accumulator& sum = weights[m][n];
-      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(place + (m * kRowTiles + n) * 512),
-                   "f"(sum[0]), "f"(sum[1]), "f"(sum[2]), "f"(sum[3])
+    for (int n = 0; n < kRowTiles; n += 2) {
+      const Accumulator &a = weights[m][n], &b = weights[m][n + 1];
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(place + (m * kRowTiles + n) * 256),
+                   "r"(pack<Element>(a[0], a[1])), "r"(pack<Element>(a[2], a[3])),
+                   "r"(pack<Element>(b[0], b[1])), "r"(pack<Element>(b[2], b[3]))
                    : "memory");
     }
   }
 }
 
-template <int kKeyTiles, int kRowTiles>
+template <class Element, int kKeyTiles, int kRowTiles>
 __device__ __forceinline__ void receive(Transposed<kKeyTiles, kRowTiles>& weights, uint32_t place) {
 #pragma unroll
   for (int m = 0; m < kKeyTiles; ++m) {
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      Accumulator& sum = weights[m][n];
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-                   : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
-                   : "r"(place + (m * kRowTiles + n) * 512)
+    for (int n = 0; n < kRowTiles; n += 2) {
+      uint32_t packed[4];
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                   : "=r"(packed[0]), "=r"(packed[1]), "=r"(packed[2]), "=r"(packed[3])
+                   : "r"(place + (m * kRowTiles + n) * 256)
                    : "memory");
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<Element>(packed[i]);
+        weights[m][n + i / 2][i % 2 * 2] = pair.x;
+        weights[m][n + i / 2][i % 2 * 2 + 1] = pair.y;
+      }
     }
   }
 }

@@ -15,8 +15,6 @@ namespace pk::cuda {
 namespace {
 
 constexpr float kLog2E = 1.442695041f;
-constexpr int kCombineThreads = 128, kCombineRows = 4;  // of a block
-constexpr int kFewRows = 16;                            // up to here memory binds
 
 template <class... Values>
 Failure failure(const char* format, Values... values) {
@@ -24,27 +22,6 @@ Failure failure(const char* format, Values... values) {
   std::snprintf(text, sizeof text, format, values...);
   return text;
 }
-
-// This thread's device, until the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    status = cudaGetDevice(&previous_);
-    has_moved_ = status == cudaSuccess && previous_ != device;
-    if (has_moved_) status = cudaSetDevice(device);
-  }
-  ~DeviceGuard() {
-    if (has_moved_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  cudaError_t status;
-
- private:
-  int previous_ = 0;
-  bool has_moved_ = false;
-};
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -71,8 +48,7 @@ Failure launch(const char* name, void (*kernel)(Arguments), const Shape& shape, 
                const Attention& p, const Target& target) {
   constexpr int64_t kMaxX = std::numeric_limits<int32_t>::max(), kMaxY = 65535;
   if (shape.x == 0 || shape.y == 0) return nullptr;
-  DeviceGuard guard(target.device);
-  cudaError_t status = guard.status;
+  cudaError_t status = cudaSuccess;
   if (shape.x > kMaxX || shape.y > kMaxY) status = cudaErrorInvalidConfiguration;
   const void* function = reinterpret_cast<const void*>(kernel);
   if (status == cudaSuccess) {
@@ -159,10 +135,9 @@ const BackwardKernel* backward_kernel_of(DType dtype, int64_t dim, bool has_scor
 
 }  // namespace
 
-Failure find_device(int index, Device* device) {
-  if (index < 0) cudaGetDevice(&index);
-  DeviceGuard guard(index);
-  cudaError_t status = guard.status;
+Failure find_device(Device* device) {
+  int index = 0;
+  cudaError_t status = cudaGetDevice(&index);
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, index);
@@ -210,7 +185,7 @@ Failure attention_forward(const Attention& p, const Parts& parts, const Target& 
     arguments.exponent =
         std::max(static_cast<float>(std::fabs(p.scale)), std::numeric_limits<float>::min()) * kLog2E;
   }
-  const int64_t rows = p.lse.head_stride;  // of a head, all sequences'
+  const int64_t rows = p.queries;  // of a head, all sequences'
   const int64_t batch_rows = p.cu_seqlens_q ? 0 : p.heads * rows;
   const int64_t all_rows = p.cu_seqlens_q ? p.heads * rows : p.batch * batch_rows;
   if (parts.splits > 1) {

@@ -22,7 +22,7 @@ struct Device {
   int processors, shared_per_block, shared_per_processor, arch;
 };
 
-// Where to run.
+// Where to run: `device` must be the current one.
 struct Target {
   int device;
   Kind kind;
@@ -50,9 +50,9 @@ struct Workspace {
   float* slabs;  // (runs, all row tiles, slab_floats)
 };
 
-// Of the current one where index is negative. Fails where the kernels can't run: no driver, one that is too
-// old, or no code for this GPU.
-Failure find_device(int index, Device* device);
+// The current one. Fails where the kernels can't run: no driver, one that is too old, or no code for this
+// GPU.
+Failure find_device(Device* device);
 
 // The tile of the kernel for the longer head dim and, forward, the packed rows of a key head; has_score: soft
 // cap or dropout. Fails where none fits.

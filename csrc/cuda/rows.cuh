@@ -113,17 +113,54 @@ __global__ void __launch_bounds__(Shape::kSlabThreads) pack_rows(const BackwardA
   }
 }
 
-// A tile of a slab: for each of a thread's accumulators of dq, those of all threads.
+// Numbers that one instruction adds to memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 1;
+#endif
+
+__device__ __forceinline__ void add_to_memory(float* place, const float* numbers) {
+  if constexpr (kTogether == 4) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(place), "f"(numbers[0]),
+                 "f"(numbers[1]), "f"(numbers[2]), "f"(numbers[3])
+                 : "memory");
+  } else {
+    asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(place), "f"(numbers[0]) : "memory");
+  }
+}
+
+// A tile of a slab: `act` on every kTogether of a thread's numbers of dq and their place, beside those of all
+// threads.
 template <class Shape, int kQueryTiles, int kColumnTiles, class Act>
-__device__ __forceinline__ void for_each_accumulator(Accumulator (&dq)[kQueryTiles][kColumnTiles],
-                                                     float* tile, int thread, Act act) {
+__device__ __forceinline__ void for_each_number(Accumulator (&dq)[kQueryTiles][kColumnTiles], float* tile,
+                                                int thread, Act act) {
+  float* place = tile + thread * kTogether;
 #pragma unroll
   for (int m = 0; m < kQueryTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
-      const int place = (m * kColumnTiles + n) * Shape::kSlabThreads + thread;
-      act(dq[m][n], *reinterpret_cast<float4*>(tile + place * 4));
+#pragma unroll
+      for (int e = 0; e < 4; e += kTogether) {
+        act(dq[m][n] + e, place + ((m * kColumnTiles + n) * 4 + e) * Shape::kSlabThreads);
+      }
     }
+  }
+}
+
+// What a tile of keys gives to dq, the first to come or one of those that follow. A number has one thread
+// that adds to it, and no order but that of the tiles.
+template <class Shape, int kQueryTiles, int kColumnTiles>
+__device__ __forceinline__ void add_to_slab(Accumulator (&dq)[kQueryTiles][kColumnTiles], float* tile,
+                                            int thread, bool is_first) {
+  if (is_first) {
+    for_each_number<Shape>(dq, tile, thread, [](const float* numbers, float* place) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) place[i] = numbers[i];
+    });
+  } else {
+    for_each_number<Shape>(dq, tile, thread,
+                           [](const float* numbers, float* place) { add_to_memory(place, numbers); });
   }
 }
 
@@ -146,11 +183,9 @@ __global__ void __launch_bounds__(Shape::kSlabThreads) reduce_slabs(const Backwa
   float* slab = arguments.slabs + (find_first_tile<kBlockM>(arguments, example) + tile) * kNumbers;
   Accumulator dq[Shape::kQueryTiles][Shape::kColumnTiles] = {};
   for (int start = 0; start < seen; start += run_keys) {
-    for_each_accumulator<Shape>(dq, slab, threadIdx.x, [](Accumulator& sum, const float4& part) {
-      sum[0] += part.x;
-      sum[1] += part.y;
-      sum[2] += part.z;
-      sum[3] += part.w;
+    for_each_number<Shape>(dq, slab, threadIdx.x, [](float* sums, const float* place) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) sums[i] += place[i];
     });
     slab += slab_numbers;
   }

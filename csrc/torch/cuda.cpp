@@ -1,6 +1,7 @@
 // The CUDA kernels as torch operators, on the LibTorch stable ABI: one library for torch 2.10 and newer. It
 // links against no part of torch that only a CUDA build has, so it loads, and can be asked, on any machine;
 // torch's current stream is therefore an argument.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -36,8 +37,9 @@ void check_limits(const pk::Attention& p, const std::optional<Tensor>& key_mask)
   check(!key_mask || key_mask->is_contiguous(), "key_mask must be contiguous");
   const int64_t rows = (p.cu_seqlens_q ? p.longest_queries : p.queries) * (p.heads / p.kv_heads);
   const int64_t keys = p.cu_seqlens_q ? p.longest_keys : p.keys;
-  check(p.longest_queries <= p.queries && p.longest_keys <= p.keys && rows + keys < int64_t{1} << 31 &&
-            p.queries < int64_t{1} << 31,
+  constexpr int64_t kMost = (int64_t{1} << 31) - (int64_t{1} << 24);  // tiles reach beyond the last of them
+  check(p.longest_queries <= p.queries && p.longest_keys <= p.keys && rows + keys <= kMost &&
+            p.queries <= kMost,
         "rows of one key head and keys together are counted in 31 bits");
 }
 
@@ -57,9 +59,21 @@ pk::cuda::Target target_of(const Tensor& query, const pk::cuda::Kind& kind, int6
   return {query.get_device_index(), kind, reinterpret_cast<void*>(stream)};
 }
 
+// Makes a device the current one, until the end of the scope; a negative index is that one.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t index) {
+    if (index >= 0) guard_.emplace(static_cast<torch::stable::accelerator::DeviceIndex>(index));
+  }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
 std::vector<int64_t> device(int64_t index) {
+  const OnDevice here(index);
   pk::cuda::Device found;
-  check_launch(pk::cuda::find_device(static_cast<int>(index), &found));
+  check_launch(pk::cuda::find_device(&found));
   return {found.processors, found.shared_per_block, found.shared_per_processor, found.arch};
 }
 
@@ -104,6 +118,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value,
     parts.outs = buffer_of<float>(*part_outs, query, ScalarType::Float, rows * p.value_dim);
     parts.lses = buffer_of<float>(*part_lses, query, ScalarType::Float, rows);
   }
+  const OnDevice here(query.get_device_index());
   check_launch(pk::cuda::attention_forward(p, parts, target_of(query, kind, stream)));
 }
 
@@ -138,6 +153,7 @@ void backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tenso
   const pk::cuda::Workspace workspace{
       static_cast<int>(runs), buffer_of<void>(tiles, query, ScalarType::Byte, row_tiles * tile.tile_bytes),
       buffer_of<float>(slabs, query, ScalarType::Float, runs * row_tiles * tile.slab_floats)};
+  const OnDevice here(query.get_device_index());
   check_launch(pk::cuda::attention_backward(p, gradient, workspace, target_of(query, kind, stream)));
 }
 
@@ -151,17 +167,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
       "int[]");
   m.def("cuda_backward_tile(ScalarType dtype, int dim, bool has_score, int arch, int shared_limit) -> int[]");
   m.def("cuda_forward(Tensor query, Tensor key, Tensor value, " PK_OPTIONS
-        "int longest_q, int longest_k, int arch, int shared_limit, int stream, Tensor(c!)? part_outs, "
-        "Tensor(d!)? "
-        "part_lses, "
-        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "int longest_q, int longest_k, int arch, int shared_limit, int stream, "
+        "Tensor(c!)? part_outs, Tensor(d!)? part_lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "cuda_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PK_OPTIONS
-      "int longest_q, int longest_k, int arch, int shared_limit, int stream, int runs, Tensor(d!) tiles, "
-      "Tensor(e!) "
-      "slabs, "
-      "Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+      "int longest_q, int longest_k, int arch, int shared_limit, int stream, int runs, "
+      "Tensor(d!) tiles, Tensor(e!) slabs, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(perceiver_kernels, CompositeExplicitAutograd, m) {

@@ -193,6 +193,16 @@ def test_atomics_meet_without_a_race() -> None:
     )
 
 
+def test_float_sums_of_several_threads_have_no_order() -> None:
+    one = "setp.eq.u32 %p1, %r1, {}; cvt.rn.f32.u32 %f1, %r1; @%p1 red.global.add.f32 [%rd1], %f1;"
+    once = "cvt.rn.f32.u32 %f1, %r1; red.global.add.f32 [%rd1], %f1;"
+    x = np.zeros(1, np.float32)
+    finds("race", "several threads add floats", once, x, block=32)
+    finds("race", "overwrites what thread 0 wrote", one.format(0) + one.format(40), x, block=64)
+    finds("race", "block", one.format(0), x, grid=2)
+    run(one.format(0) + "bar.sync 0;" + one.format(40), x, block=64)  # a barrier gives them one
+
+
 # Races in global memory
 
 

@@ -68,7 +68,7 @@ def parse_name(name: str) -> Kernel:
     )
     keys = 16 * key_tiles * key_warps
     key_bytes = 2 * keys * dim
-    late = keys * (2 * rows + (4 * step if roles == 2 else 0)) + (0 if held else key_bytes)
+    late = keys * (2 * rows + (2 * step if roles == 2 else 0)) + (0 if held else key_bytes)
     shared = key_bytes + 2 * (4 * dim + 8) * rows + max(late, key_bytes)
     threads = 32 * key_warps * roles
     return Kernel(name, tile, element_type(name), dim, rows, keys, threads, shared, bool(has_score), threads)
@@ -224,10 +224,11 @@ def test_the_instantiations_are_those() -> None:
     assert wanted == set(backward_kernels())
 
 
-# One role and two; two tiles of keys that no row sees, and two of several tiles of rows, some with masks.
+# One role and two; a run's first tile of keys, which counts as masked, one that some tiles of rows see whole,
+# one with masks, and two that no row sees.
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_mutant_is_caught(dim: int) -> None:
-    inputs = make_inputs(Case("mutants", 1, 1, 1, 130, 400, dim, dim, q_offset=70), BF16)
+    inputs = make_inputs(Case("mutants", 1, 1, 1, 130, 530, dim, dim, q_offset=230), BF16)
     exact = reference64(inputs)
     gradients = empty_gradients(inputs.query, inputs.key, inputs.value)
     total = 0
@@ -253,9 +254,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
-# Of the tensor cores' peak, by the model. It leaves out what only one of two roles does (dims from 96 on):
-# with that, issuing both roles' streams side by side, 0.74, 0.66, 0.64 and 0.57.
-FLOORS = {32: 0.68, 64: 0.7, 96: 0.75, 128: 0.74, 192: 0.62, 256: 0.55}
+# Of the tensor cores' peak, by the model.
+FLOORS = {32: 0.75, 64: 0.7, 96: 0.68, 128: 0.74, 192: 0.66, 256: 0.57}
 
 
 @pytest.mark.parametrize("dim", FLOORS)

@@ -145,12 +145,18 @@ def test_atomics_return_what_was_there() -> None:
 
 
 def test_float_atomics() -> None:
-    x = np.zeros(1, np.float32)
-    run("cvt.rn.f32.u32 %f1, %r1; red.global.add.f32 [%rd1], %f1;", x, block=64)
-    assert x[0] == sum(range(64))
+    x = np.zeros(64, np.float32)
+    add = "cvt.rn.f32.u32 %f1, %r1; mul.wide.u32 %rd10, %r1, 4; add.u64 %rd10, %rd10, %rd1;"
+    run(add + 2 * "red.global.add.f32 [%rd10], %f1;", x, block=64)
+    np.testing.assert_array_equal(x, 2 * np.arange(64))
+    x = np.ones(256, np.float32)
+    add = add.replace(", 4;", ", 16;") + "mov.f32 %f2, 0f40000000;"
+    run(add + 2 * "red.global.add.v4.f32 [%rd10], {%f1, %f2, %f1, %f2};", x, block=64)
+    np.testing.assert_array_equal(x[::2], 1 + 2 * np.repeat(np.arange(64), 2))
+    np.testing.assert_array_equal(x[1::2], 5)
     y = np.zeros(2, np.float16)
-    run("cvt.rn.f16x2.f32 %r3, 0f3F800000, 0f40000000; red.global.add.noftz.f16x2 [%rd1], %r3;", y, block=32)
-    assert list(y) == [64, 32]
+    run("cvt.rn.f16x2.f32 %r3, 0f3F800000, 0f40000000; red.global.add.noftz.f16x2 [%rd1], %r3;", y, block=1)
+    assert list(y) == [2, 1]
     with pytest.raises(Unsupported, match="noftz"):
         run("red.global.add.f16x2 [%rd1], %r1;", y)
 

@@ -26,7 +26,6 @@ const BackwardKernel kKernels[] = {compiled<Element, 64, kHasScore>(), compiled<
 
 template <class Element>
 const BackwardKernel* serving(int dim, bool has_score) {
-  if (dim > 128) return nullptr;
   const int index = dim > 64;
   return has_score ? &kKernels<Element, true>[index] : &kKernels<Element, false>[index];
 }

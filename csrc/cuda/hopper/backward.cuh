@@ -38,18 +38,10 @@ struct BackwardTile {
   __device__ static int column_of(int warp) { return warp / 4 * kColumnTiles * 8; }
 };
 
-// Barriers, beside 0. A slot is full when it may be read, empty when it may be overwritten.
+// Slots of kind 0 hold keys and values, of kind 1 tiles of rows. Consumers meet when dS is there.
 template <class Shape>
-struct BackwardBarriers {
-  static constexpr int kCopiers = kGroup / 2, kReaders = kGroup * Shape::kConsumers;
-  static constexpr int kFullThreads = kCopiers + kGroup, kEmptyThreads = kCopiers + kReaders;
-  // kind: 0 for keys and values, 1 for rows.
-  __device__ static int full(int kind, int slot, int consumer) {
-    return 1 + (kind * Shape::kSlots + slot) * Shape::kConsumers + consumer;
-  }
-  __device__ static int empty(int kind, int slot) { return full(2, 0, 0) + kind * Shape::kSlots + slot; }
-  static constexpr int kGradients = 1 + 2 * Shape::kSlots * (Shape::kConsumers + 1);
-  static_assert(kGradients < 16, "the hardware's");
+struct BackwardBarriers : SlotBarriers<Shape::kSlots, Shape::kConsumers> {
+  static constexpr int kGradients = BackwardBarriers::kNext;
 };
 
 // kHasScore: softcap or dropout. Dynamic shared memory: Shape::kSharedBytes; grid: runs x batch x kv_heads.
@@ -84,14 +76,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
   if (threadIdx.x < kGroup) {  // copies
     give_registers<40>();
     const int thread = threadIdx.x % Barriers::kCopiers;
-    auto announce = [&](int kind, int slot) {
-      wait_for_own_copies();
-      publish();
-#pragma unroll
-      for (int consumer = 0; consumer < Shape::kConsumers; ++consumer) {
-        arrive<Barriers::kFullThreads>(Barriers::full(kind, slot, consumer));
-      }
-    };
     if (threadIdx.x < Barriers::kCopiers) {
       BlockCopier<Keys, 3> keys(example, arguments.key, arguments.dim, thread, run_start);
       BlockCopier<Keys, 3> values(example, arguments.value, arguments.value_dim, thread, run_start);
@@ -101,7 +85,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
         if (block >= kSlots) await<Barriers::kEmptyThreads>(Barriers::empty(0, slot));
         keys.copy(key_slots + slot * Keys::kBytes, arguments, example, start);
         values.copy(value_slots + slot * Keys::kBytes, arguments, example, start);
-        announce(0, slot);
+        Barriers::fill(0, slot);
       }
     } else {
       const unsigned char* tiles =
@@ -120,7 +104,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
           if (thread * 16 < Shape::kNumberBytes) {
             copy_chunk(number_slots + slot * Shape::kNumberBytes + thread * 16, source + Rows::kShifts, true);
           }
-          announce(1, slot);
+          Barriers::fill(1, slot);
         }
       }
     }
@@ -141,11 +125,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
 
   int block = 0, step = 0;
   for (int start = run_start; start < run_stop; start += kBlockN, ++block) {
-    // Tiles of rows before `first` see none of these keys, those from `full` on all of them.
+    // Tiles of rows before `first` see none of these keys, those from `full` on all of them. A run's first
+    // keys count as masked: the other loop only ever adds to the slab.
     const int first = first_of(start);
     const bool all_there = arguments.key_mask == nullptr && start + kBlockN <= example.seen_by_any;
     const int full =
-        !all_there
+        !all_there || start == run_start
             ? row_tiles
             : min((first_row_of(example, group, start + kBlockN - 1) + kBlockM - 1) / kBlockM, row_tiles);
     const uint32_t keys = key_slots + block % kSlots * Keys::kBytes;
@@ -200,21 +185,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
       publish();
 #pragma unroll
       for (int k = 0; k < kBlockM / 16; ++k) pack_weights<Element>(differences[k], products[0], k);
-      float* part_of_slab = slab + tile * int64_t{Rows::kNumbers};
-      for (Accumulator& sum : dq[0]) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-      if (start != run_start) {
-        for_each_accumulator<Shape>(dq, part_of_slab, threadIdx.x - kGroup,
-                                    [](Accumulator& sum, const float4& part) {
-                                      sum[0] = part.x, sum[1] = part.y, sum[2] = part.z, sum[3] = part.w;
-                                    });
-      }
       await<Barriers::kReaders>(Barriers::kGradients);
       pin(dkey[0]);
-      pin(dq[0]);
       begin_products();
       add_rows<Element, kDim>(dkey[0], differences, query);
+      multiply<Element, false, true, true>(dq[0], across_rows<kBlockM, kBlockN>(gradients, 0),
+                                           across_rows<kDim, kBlockN>(keys + my_channels, 0));
 #pragma unroll
-      for (int k = 0; k < kBlockN / 16; ++k) {
+      for (int k = 1; k < kBlockN / 16; ++k) {
         multiply<Element, true, true, true>(dq[0], across_rows<kBlockM, kBlockN>(gradients, k),
                                             across_rows<kDim, kBlockN>(keys + my_channels, k));
       }
@@ -225,9 +203,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_backward(const B
       pin(dq[0]);
       arrive<Barriers::kEmptyThreads>(Barriers::empty(1, slot));
       ++step;
-      for_each_accumulator<Shape>(
-          dq, part_of_slab, threadIdx.x - kGroup,
-          [](const Accumulator& sum, float4& part) { part = {sum[0], sum[1], sum[2], sum[3]}; });
+      add_to_slab<Shape>(dq, slab + tile * int64_t{Rows::kNumbers}, threadIdx.x - kGroup,
+                         kMasked && start == run_start);
     };
 
     await_full(0, block % kSlots);

@@ -1,4 +1,4 @@
-// How keys and values get into shared memory.
+// How keys and values get into shared memory, and who waits for whom there.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,32 @@
 #include "cuda/work.cuh"
 
 namespace pk::cuda::hopper {
+
+// Barriers of two kinds of slots, kSlots of each, that two warps of copiers fill and warp groups of consumers
+// read. A slot is full when it may be read, which each consumer waits for by itself, empty when it may be
+// overwritten. Number 0 is the block's; kNext is the first that is left for other purposes.
+template <int kSlots, int kConsumers>
+struct SlotBarriers {
+  static constexpr int kCopiers = kGroup / 2, kReaders = kGroup * kConsumers;
+  static constexpr int kFullThreads = kCopiers + kGroup, kEmptyThreads = kCopiers + kReaders;
+  static constexpr int kNext = 1 + 2 * kSlots * (kConsumers + 1);
+  static_assert(kNext < 16, "the hardware's");
+
+  __device__ static int full(int kind, int slot, int consumer) {
+    return 1 + (kind * kSlots + slot) * kConsumers + consumer;
+  }
+  __device__ static int empty(int kind, int slot) { return full(2, 0, 0) + kind * kSlots + slot; }
+
+  // A copier's: what it has copied to this slot may be read.
+  __device__ __forceinline__ static void fill(int kind, int slot) {
+    wait_for_own_copies();
+    publish();
+#pragma unroll
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      arrive<kFullThreads>(full(kind, slot, consumer));
+    }
+  }
+};
 
 // 64 threads that copy one block of keys' (or values') rows after another; those that nobody sees are zeros.
 // kUnrolled rows of a thread at a time, as many as it has registers for.

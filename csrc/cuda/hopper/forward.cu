@@ -17,7 +17,6 @@ const ForwardKernel kKernels[] = {compiled<Element, 64, kHasScore>(), compiled<E
 
 template <class Element>
 const ForwardKernel* serving(int dim, bool has_score) {
-  if (dim > 128) return nullptr;
   const int index = dim > 64;
   return has_score ? &kKernels<Element, true>[index] : &kKernels<Element, false>[index];
 }

@@ -27,18 +27,11 @@ struct ForwardTile {
   static constexpr int kSharedBytes = Rows::kBytes + 2 * kSlots * Keys::kBytes;
 };
 
-// Barriers, beside 0. A slot is full when it may be read, empty when it may be overwritten.
+// Slots of kind 0 hold keys, of kind 1 values. Consumers take turns at the tensor cores.
 template <class Shape>
-struct ForwardBarriers {
-  static constexpr int kCopiers = kGroup / 2, kReaders = kGroup * Shape::kConsumers;
-  static constexpr int kFullThreads = kCopiers + kGroup, kEmptyThreads = kCopiers + kReaders;
-  // kind: 0 for keys, 1 for values.
-  __device__ static int full(int kind, int slot, int consumer) {
-    return 1 + (kind * Shape::kSlots + slot) * Shape::kConsumers + consumer;
-  }
-  __device__ static int empty(int kind, int slot) { return full(2, 0, 0) + kind * Shape::kSlots + slot; }
-  __device__ static int turn(int consumer) { return empty(2, 0) + consumer; }
-  static_assert(1 + 2 * Shape::kSlots * (Shape::kConsumers + 1) + Shape::kConsumers <= 16, "the hardware's");
+struct ForwardBarriers : SlotBarriers<Shape::kSlots, Shape::kConsumers> {
+  __device__ static int turn(int consumer) { return ForwardBarriers::kNext + consumer; }
+  static_assert(ForwardBarriers::kNext + Shape::kConsumers <= 16, "the hardware's");
 };
 
 // kHasScore: softcap or dropout. Dynamic shared memory: Shape::kSharedBytes; grid: row blocks x batch x
@@ -100,12 +93,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) attention_forward(const Fo
       const int slot = (block - start) % kSlots;
       if (block >= start + kSlots) await<Barriers::kEmptyThreads>(Barriers::empty(kind, slot));
       copier.copy(slots + slot * KeyPanels::kBytes, arguments, work, block * kBlockN);
-      wait_for_own_copies();
-      publish();
-#pragma unroll
-      for (int consumer = 0; consumer < Shape::kConsumers; ++consumer) {
-        arrive<Barriers::kFullThreads>(Barriers::full(kind, slot, consumer));
-      }
+      Barriers::fill(kind, slot);
     }
     return;
   }

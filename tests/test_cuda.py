@@ -113,6 +113,14 @@ def test_splits_follow_the_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {cuda.plan_forward(problem(1024, heads, 16384), A100)[1] for heads in (1, 8, 64)} == {5}
 
 
+@needs_kernels
+def test_decode_asks_for_its_tile_once() -> None:
+    cuda.forward_tile.cache_clear()
+    for keys in range(1000, 1010):
+        cuda.plan_forward(problem(1, 8, keys), A100)
+    assert cuda.forward_tile.cache_info().misses == 1
+
+
 def test_only_rows_that_begin_elsewhere_are_copied() -> None:
     aligned = torch.zeros(2, 3, 10, 64, dtype=torch.bfloat16)
     for same in (

@@ -58,6 +58,11 @@ class AttentionSpec:
     def is_packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
+    @property
+    def has_score(self) -> bool:
+        """Whether scores are more than scaled: a soft cap or dropout."""
+        return self.softcap > 0.0 or self.dropout_p > 0.0
+
     def over_keys(self, begin: int, end: int) -> AttentionSpec:
         """This call (dense form) restricted to keys ``begin`` to ``end - 1``, for a segment, chunk or rank.
 

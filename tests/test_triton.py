@@ -53,7 +53,7 @@ def test_refusals_name_the_argument_and_what_came() -> None:
     query, key, value = (
         torch.zeros(1, 2, n, dim, dtype=torch.float64) for n, dim in ((3, 12), (9, 12), (9, 264))
     )
-    reasons = backend.unsupported(query, key, value, make_inputs(CASE, torch.float32).spec())
+    reasons = backend.unsupported(query, key, value, make_inputs(CASE, torch.float32).spec(), False)
     assert reasons == [
         "query has head dim 12; the kernels take multiples of 8 up to 256",
         "value has head dim 264; the kernels take multiples of 8 up to 256",

@@ -15,7 +15,8 @@ from conftest import DEVICE
 import perceiver_kernels as pk
 from perceiver_kernels import cache, dispatch, tuned
 from perceiver_kernels.cli import main
-from perceiver_kernels.spec import make_spec
+from perceiver_kernels.spec import make_spec, needs_gradient
+from perceiver_kernels.streaming import KeyStream, Rows, stream_call
 
 OPTIONS = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap", "dropout_seed"))
 SHAPE = ["--queries", "20", "--keys", "300", "--heads", "4", "--dim", "32", "--seconds", "0", "--repeat", "2"]
@@ -35,7 +36,8 @@ def tensors(
 
 def chosen(*inputs: torch.Tensor, softcap: float | None = None) -> str:
     options = OPTIONS | {"softcap": softcap}
-    return dispatch.choose(None, *inputs, make_spec(*inputs, is_causal=True, dropout_p=0.0, **options))
+    spec = make_spec(*inputs, is_causal=True, dropout_p=0.0, **options)
+    return dispatch.choose(None, *inputs, spec, needs_gradient(inputs))
 
 
 def remember(backend: str, *inputs: torch.Tensor, backward: bool = False) -> None:
@@ -77,6 +79,16 @@ def test_a_choice_holds_for_calls_of_its_kind() -> None:
         assert chosen(*other) == default
     with torch.no_grad():
         assert chosen(*(tensor.requires_grad_() for tensor in tensors())) == "sdpa"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_stream_has_a_backward_where_its_weights_have(trained: bool) -> None:
+    query, key, value = tensors()
+    remember("sdpa", query, key, value)
+    weight = torch.ones((), requires_grad=trained)
+    stream = KeyStream([Rows(key[0])], lambda x, begin, end: (x * weight, x * weight), [weight])
+    options = OPTIONS | {"kv_heads": 4, "value_dim": 32, "dropout_p": 0.0, "backend": None}
+    assert (stream_call(query, stream, **options)[1] == "sdpa") == (not trained)
 
 
 def test_a_backend_that_was_fastest_may_still_refuse_a_call() -> None:

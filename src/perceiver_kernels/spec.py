@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,6 +200,11 @@ def is_segmented(tensors: Tensor | Sequence[Tensor]) -> bool:
 def segments(tensors: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """The segments of keys or values; one tensor is one segment."""
     return [tensors] if isinstance(tensors, Tensor) else tensors
+
+
+def needs_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call that depends on these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,12 +66,13 @@ def kind(query: Tensor, key: Tensor, value: Tensor, backward: bool, backend: str
     )
 
 
-def chosen(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str | None:
+def chosen(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> str | None:
     """The backend that was fastest for such a call here, None where none was measured."""
     if not CHOICES or spec.is_packed:
         return None
-    backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    call = kind(query, key, value, backward)
+    call = kind(query, key, value, needs_gradient)
     for choice in CHOICES.get(processor(query.device), ()):
         if choice.covers(call):
             return choice.backend

@@ -177,7 +177,9 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> list[str]:
     """Every reason why this backend can't serve the call."""
     reasons = [
         f"{name} has head dim {tensor.shape[-1]}; the kernels take multiples of 8 up to {MAX_HEAD_DIM}"
@@ -189,11 +191,7 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) 
             f"query is {dtype_name(query.dtype)}; the kernels take bfloat16 and float16: tensor cores would "
             "round anything wider"
         )
-    if (
-        not reasons
-        and torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
-    ):
+    if needs_gradient and not reasons:
         head_dim = max(query.shape[-1], value.shape[-1])
         reasons += _backward_obstacle(query.dtype, head_dim, spec.has_score, query.device)
     queries, keys = (query.shape[0], key.shape[0]) if spec.is_packed else (query.shape[2], key.shape[2])

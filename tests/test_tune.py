@@ -134,7 +134,7 @@ def test_compiled_code_follows(dynamic: bool) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", '{"cpu": [{"backend": "sdpa"}]}', '{"cpu": 3}'])
 def test_a_broken_file_is_told_and_ignored(content: str) -> None:
     remember("sdpa", *tensors())
-    tuned._file().write_text(content)
+    cache.path(tuned.FILE).write_text(content)
     with pytest.warns(UserWarning, match="can't be read .*; backends are chosen in the default order"):
         assert tuned.load() == {}
 
@@ -147,9 +147,17 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     assert done.stdout.strip() == "['sdpa']", done.stderr
 
 
+@pytest.mark.parametrize(("folder", "reason"), [("/proc/none", "No such file"), ("", "no home directory")])
 def test_a_folder_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(cache.FOLDER, "/proc/none")
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(cache.FOLDER, folder)
     assert main(["tune", *SHAPE, "--dtype", "float32", "--pass", "fwd", "--device", DEVICE.type]) == 2
-    assert "the choices can't be remembered" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the choices can't be remembered" in told
+    assert reason in " ".join(told.split())

@@ -15,26 +15,36 @@ FOLDER = "PERCEIVER_KERNELS_CACHE"
 
 
 def path(name: str) -> Path:
-    """The file of this name in the cache's folder, whether or not it exists."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(FOLDER) or Path(user, "perceiver_kernels"), name)
+    """The file of this name in the cache's folder, whether or not it exists.
+
+    Raises FileNotFoundError where the folder would be in a home directory and there is none.
+    """
+    if folder := os.environ.get(FOLDER):
+        return Path(folder, name)
+    try:
+        user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no home directory was found; {FOLDER} can name a folder") from error
+    return Path(user, "perceiver_kernels", name)
 
 
-def store(file: Path, content: Any) -> None:
-    """JSON into the file, whole or not at all: other processes may read and write it at the same time.
+def store(name: str, content: Any) -> None:
+    """JSON into the file, whole or not at all: other processes may read it at the same time.
 
     Raises OSError where it can't be written.
     """
+    file = path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as temporary:
         json.dump(content, temporary, indent=1)
     os.replace(temporary.name, file)
 
 
-def load(file: Path, parse: Callable[[Any], T], consequence: str) -> T:
+def load(name: str, parse: Callable[[Any], T], consequence: str) -> T:
     """What ``parse`` makes of the file's JSON, or of {}: where there is no file, or, warning that ends in
     ``consequence``, where it is broken."""
     try:
+        file = path(name)
         return parse(json.loads(file.read_text()))
     except FileNotFoundError:
         pass

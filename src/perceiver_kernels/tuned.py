@@ -19,6 +19,7 @@ from perceiver_kernels._compile import constant_result
 from perceiver_kernels._version import __version__
 from perceiver_kernels.spec import AttentionSpec, dtype_name
 
+FILE = f"{__version__}-backends.json"
 _LENGTHS = ("examples", "heads", "queries", "keys")
 
 
@@ -97,17 +98,13 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _file() -> Path:
-    return cache.path(f"{__version__}-backends.json")
-
-
 def load() -> dict[str, tuple[Choice, ...]]:
     """What is remembered, by processor."""
 
     def parse(content: Any) -> dict[str, tuple[Choice, ...]]:
         return {str(name): tuple(Choice(**each) for each in found) for name, found in content.items()}
 
-    return cache.load(_file(), parse, "backends are chosen in the default order")
+    return cache.load(FILE, parse, "backends are chosen in the default order")
 
 
 def remember(name: str, choices: list[Choice]) -> Path:
@@ -115,10 +112,10 @@ def remember(name: str, choices: list[Choice]) -> Path:
     found = load()
     kept = [old for old in found.get(name, ()) if not any(new.covers(old) for new in choices)]
     found[name] = (*choices, *kept)
-    cache.store(_file(), {name: [asdict(each) for each in entry] for name, entry in found.items()})
+    cache.store(FILE, {name: [asdict(each) for each in entry] for name, entry in found.items()})
     CHOICES.clear()
     CHOICES.update(found)
-    return _file()
+    return cache.path(FILE)
 
 
 CHOICES = load()

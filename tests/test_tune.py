@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_a_broken_file_is_told_and_ignored(content: str) -> None:
     remember("sdpa", *tensors())
     cache.path(tuned.FILE).write_text(content)
     with pytest.warns(UserWarning, match="can't be read .*; backends are chosen in the default order"):
+        assert tuned.load() == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("queries", "4"), ("keys", 300.0), ("backward", 0), ("backend", ["sdpa"]), ("dim", None)],
+)
+def test_a_field_of_another_type_breaks_a_file(field: str, value: object) -> None:
+    remember("sdpa", *tensors())
+    file = cache.path(tuned.FILE)
+    content = json.loads(file.read_text())
+    content[tuned.processor(DEVICE)][0][field] = value
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=re.escape(f"({field} is {value!r}, not ")):
         assert tuned.load() == {}
 
 

@@ -9,7 +9,7 @@ import functools
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -102,9 +102,17 @@ def load() -> dict[str, tuple[Choice, ...]]:
     """What is remembered, by processor."""
 
     def parse(content: Any) -> dict[str, tuple[Choice, ...]]:
-        return {str(name): tuple(Choice(**each) for each in found) for name, found in content.items()}
+        return {name: tuple(_checked(Choice(**each)) for each in found) for name, found in content.items()}
 
     return cache.load(FILE, parse, "backends are chosen in the default order")
+
+
+def _checked(choice: Choice) -> Choice:
+    """The choice, of which every field has its type. Raises TypeError."""
+    for name, expected in get_type_hints(Choice).items():
+        if type(found := getattr(choice, name)) is not expected:
+            raise TypeError(f"{name} is {found!r}, not {expected.__name__}")
+    return choice
 
 
 def remember(name: str, choices: list[Choice]) -> Path:

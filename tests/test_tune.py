@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,22 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     environment = os.environ | {cache.FOLDER: str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "['sdpa']", done.stderr
+
+
+def test_two_runs_at_once_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run begins where the first has read the file and not yet written it."""
+    store, second = cache.store, threading.Thread(target=remember, args=("sdpa", *tensors(dim=64)))
+
+    def interrupted(name: str, content: object) -> None:
+        monkeypatch.setattr(cache, "store", store)
+        second.start()
+        second.join(timeout=0.5)
+        store(name, content)
+
+    monkeypatch.setattr(cache, "store", interrupted)
+    remember("sdpa", *tensors())
+    second.join()
+    assert {choice.dim for choices in tuned.load().values() for choice in choices} == {32, 64}
 
 
 @pytest.mark.parametrize(("folder", "reason"), [("/proc/none", "No such file"), ("", "no home directory")])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+if sys.platform != "win32":
+    import fcntl
 
 T = TypeVar("T")
 FOLDER = "PERCEIVER_KERNELS_CACHE"
@@ -38,6 +43,20 @@ def store(name: str, content: Any) -> None:
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as temporary:
         json.dump(content, temporary, indent=1)
     os.replace(temporary.name, file)
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """The file of this name to oneself, to load it, change it and store it: processes come one by one.
+
+    Raises OSError where the folder can't be written. Windows has no such lock: there the last one wins.
+    """
+    file = path(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def load(name: str, parse: Callable[[Any], T], consequence: str) -> T:

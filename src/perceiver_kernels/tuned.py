@@ -117,10 +117,11 @@ def _checked(choice: Choice) -> Choice:
 
 def remember(name: str, choices: list[Choice]) -> Path:
     """Add a processor's choices to the file, in place of those of the same kinds. Raises OSError."""
-    found = load()
-    kept = [old for old in found.get(name, ()) if not any(new.covers(old) for new in choices)]
-    found[name] = (*choices, *kept)
-    cache.store(FILE, {name: [asdict(each) for each in entry] for name, entry in found.items()})
+    with cache.locked(FILE):
+        found = load()
+        kept = [old for old in found.get(name, ()) if not any(new.covers(old) for new in choices)]
+        found[name] = (*choices, *kept)
+        cache.store(FILE, {name: [asdict(each) for each in entry] for name, entry in found.items()})
     CHOICES.clear()
     CHOICES.update(found)
     return cache.path(FILE)

@@ -121,8 +121,9 @@ def _load(file: str) -> dict[str, Config]:
 
 def _store(file: str, key: str, config: Config) -> None:
     _known(file)[key] = config
-    entries = _load(file) | _known(file)
     try:
-        cache.store(file, {name: astuple(entry) for name, entry in entries.items()})
+        with cache.locked(file):
+            entries = _load(file) | _known(file)
+            cache.store(file, {name: astuple(entry) for name, entry in entries.items()})
     except OSError as error:
         warnings.warn(f"the fastest configuration can't be remembered ({error})", stacklevel=3)

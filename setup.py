@@ -5,6 +5,7 @@ kernels are built where nvcc is. Environment:
 
 PERCEIVER_KERNELS_BUILD=require turns a failed build into an error, =skip leaves it out.
 PERCEIVER_KERNELS_CUDA=require and =skip do the same for the CUDA kernels alone.
+CUDACXX names nvcc, CUDA_HOME its toolkit; without them it is the one on PATH or in /usr/local/cuda.
 PERCEIVER_KERNELS_CUDA_ARCHS=80,90-real says what they are compiled for, in CMake's words (native: this
 machine's GPU). By default 80, 90, 100 and 120, and PTX that newer GPUs compile for themselves.
 PERCEIVER_KERNELS_EMULATED_SET=1 adds kernels that run the AVX-512 code paths, slowly, on any processor, for
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -47,8 +49,10 @@ def _say(text: str) -> None:
 
 
 def _nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    """The compiler that was asked for, else the first one found."""
+    home = os.environ.get("CUDA_HOME")
+    found = (shutil.which(f"{home}/bin/nvcc") if home else None) or shutil.which("nvcc")
+    return os.environ.get("CUDACXX") or found or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 class CMakeBuild(build_ext):
@@ -95,15 +99,26 @@ class CMakeBuild(build_ext):
         if with_cuda:
             self.try_cuda(lambda: self.build("cuda_kernels"))
 
-    def configure(self, options: dict[str, object]) -> None:
+    def configure(self, options: dict[str, Any]) -> None:
         flags = [f"-D{name}={value}" for name, value in options.items()]
+        # CMake itself starts over for another compiler, but forgets all other options.
+        if self.has_other_compiler(options.get("CMAKE_CUDA_COMPILER")):
+            flags.append("--fresh")
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja", *flags])
+
+    def has_other_compiler(self, nvcc: str | None) -> bool:
+        """Whether the folder was configured with another nvcc."""
+        cache = self.folder / "CMakeCache.txt"
+        if nvcc is None or not cache.exists():
+            return False
+        known = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.MULTILINE)
+        return known is not None and known[1] != shutil.which(nvcc)
 
     def build(self, target: str) -> None:
         subprocess.check_call(["cmake", "--build", str(self.folder), "--target", target])
         subprocess.check_call(["cmake", "--install", str(self.folder), "--component", target])
 
-    def configure_cuda(self, options: dict[str, object]) -> bool:
+    def configure_cuda(self, options: dict[str, Any]) -> bool:
         """Whether the project is now configured with the CUDA kernels."""
         mode, nvcc = _mode("PERCEIVER_KERNELS_CUDA"), _nvcc()
         reason = None

@@ -11,18 +11,18 @@ import perceiver_kernels as pk
 from perceiver_kernels import _library, dispatch
 from perceiver_kernels.backends import cuda
 from perceiver_kernels.spec import make_spec
+from perceiver_kernels.streaming import KeyStream, Rows, stream_call
 
 A100 = cuda.Device(108, 166912, 167936)
 H100 = cuda.Device(132, 232448, 233472, 90)
-RTX_4090 = cuda.Device(128, 101376, 102400)
+RTX_4090 = cuda.Device(128, 101376, 102400, 89)
 OPTIONS = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap", "dropout_seed"))
 
 
 def refusals(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[str]:
     query, key, value = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-    return cuda.unsupported(
-        query, key, value, make_spec(query, key, value, is_causal=True, dropout_p=0.0, **OPTIONS)
-    )
+    spec = make_spec(query, key, value, is_causal=True, dropout_p=0.0, **OPTIONS)
+    return cuda.unsupported(query, key, value, spec, needs_gradient=False)
 
 
 def test_refusals_say_what_is_served() -> None:
@@ -111,6 +111,33 @@ def test_splits_follow_the_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.plan_forward(problem(20, 8, 0), A100)[1] == 1
     monkeypatch.setenv("PERCEIVER_KERNELS_SPLITS", "5")
     assert {cuda.plan_forward(problem(1024, heads, 16384), A100)[1] for heads in (1, 8, 64)} == {5}
+
+
+@needs_kernels
+def test_decode_asks_for_its_tile_once() -> None:
+    cuda.forward_tile.cache_clear()
+    for keys in range(1000, 1010):
+        cuda.plan_forward(problem(1, 8, keys), A100)
+    assert cuda.forward_tile.cache_info().misses == 1
+
+
+@needs_kernels
+def test_gradients_beyond_the_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever tensor needs them."""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(cuda, "_device", lambda device: RTX_4090)
+    query, key = (torch.zeros(1, 1, rows, 128, dtype=torch.bfloat16) for rows in (4, 64))
+    trained = torch.zeros(1, 1, 8, 128, dtype=torch.bfloat16, requires_grad=True)
+    for keys, values in (([trained, key], [trained.detach(), key]), ([key, key[:, :, :8]], [key, trained])):
+        with pytest.raises(ValueError, match=r"cuda: .* shared memory"):
+            pk.perceiver_attention(query, keys, values, backend="cuda")
+    stream = KeyStream([Rows(key[:, 0])], lambda x, begin, end: (x[:, None], x[:, None]), [trained])
+    options = {"kv_heads": 1, "value_dim": 128, "backend": "cuda", "dropout_p": 0.0}
+    options |= dict.fromkeys(("key_mask", "scale", "softcap"))
+    with pytest.raises(ValueError, match=r"cuda: .* shared memory"):
+        stream_call(query, stream, **options)
+    with torch.no_grad():
+        assert stream_call(query, stream, **options)[1] == "cuda"
 
 
 def test_only_rows_that_begin_elsewhere_are_copied() -> None:

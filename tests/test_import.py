@@ -71,6 +71,24 @@ print([name for name in heavy if name in sys.modules])
     assert output.strip() == "[]"
 
 
+def test_without_a_home_directory() -> None:
+    """As in a container whose user has no entry in /etc/passwd."""
+    run(
+        """
+import os, pathlib, pwd
+def unknown(uid):
+    raise KeyError(uid)
+for name in ("HOME", "XDG_CACHE_HOME", "PERCEIVER_KERNELS_CACHE"):
+    os.environ.pop(name, None)
+pwd.getpwuid = unknown
+import perceiver_kernels
+from perceiver_kernels import cache
+os.environ[cache.FOLDER] = "/tmp/x"
+assert cache.path("y") == pathlib.Path("/tmp/x/y")
+"""
+    )
+
+
 def test_public_names() -> None:
     for name in pk.__all__:
         assert getattr(pk, name) is not None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from conftest import DEVICE
 import perceiver_kernels as pk
 from perceiver_kernels import cache, dispatch, tuned
 from perceiver_kernels.cli import main
-from perceiver_kernels.spec import make_spec
+from perceiver_kernels.spec import make_spec, needs_gradient
+from perceiver_kernels.streaming import KeyStream, Rows, stream_call
 
 OPTIONS = dict.fromkeys(("q_offset", "key_mask", "scale", "softcap", "dropout_seed"))
 SHAPE = ["--queries", "20", "--keys", "300", "--heads", "4", "--dim", "32", "--seconds", "0", "--repeat", "2"]
@@ -35,7 +38,8 @@ def tensors(
 
 def chosen(*inputs: torch.Tensor, softcap: float | None = None) -> str:
     options = OPTIONS | {"softcap": softcap}
-    return dispatch.choose(None, *inputs, make_spec(*inputs, is_causal=True, dropout_p=0.0, **options))
+    spec = make_spec(*inputs, is_causal=True, dropout_p=0.0, **options)
+    return dispatch.choose(None, *inputs, spec, needs_gradient(inputs))
 
 
 def remember(backend: str, *inputs: torch.Tensor, backward: bool = False) -> None:
@@ -77,6 +81,16 @@ def test_a_choice_holds_for_calls_of_its_kind() -> None:
         assert chosen(*other) == default
     with torch.no_grad():
         assert chosen(*(tensor.requires_grad_() for tensor in tensors())) == "sdpa"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_stream_has_a_backward_where_its_weights_have(trained: bool) -> None:
+    query, key, value = tensors()
+    remember("sdpa", query, key, value)
+    weight = torch.ones((), requires_grad=trained)
+    stream = KeyStream([Rows(key[0])], lambda x, begin, end: (x * weight, x * weight), [weight])
+    options = OPTIONS | {"kv_heads": 4, "value_dim": 32, "dropout_p": 0.0, "backend": None}
+    assert (stream_call(query, stream, **options)[1] == "sdpa") == (not trained)
 
 
 def test_a_backend_that_was_fastest_may_still_refuse_a_call() -> None:
@@ -122,8 +136,22 @@ def test_compiled_code_follows(dynamic: bool) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", '{"cpu": [{"backend": "sdpa"}]}', '{"cpu": 3}'])
 def test_a_broken_file_is_told_and_ignored(content: str) -> None:
     remember("sdpa", *tensors())
-    tuned._file().write_text(content)
+    cache.path(tuned.FILE).write_text(content)
     with pytest.warns(UserWarning, match="can't be read .*; backends are chosen in the default order"):
+        assert tuned.load() == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("queries", "4"), ("keys", 300.0), ("backward", 0), ("backend", ["sdpa"]), ("dim", None)],
+)
+def test_a_field_of_another_type_breaks_a_file(field: str, value: object) -> None:
+    remember("sdpa", *tensors())
+    file = cache.path(tuned.FILE)
+    content = json.loads(file.read_text())
+    content[tuned.processor(DEVICE)][0][field] = value
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=re.escape(f"({field} is {value!r}, not ")):
         assert tuned.load() == {}
 
 
@@ -135,9 +163,33 @@ def test_another_process_reads_it(tmp_path: Path) -> None:
     assert done.stdout.strip() == "['sdpa']", done.stderr
 
 
+def test_two_runs_at_once_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run begins where the first has read the file and not yet written it."""
+    store, second = cache.store, threading.Thread(target=remember, args=("sdpa", *tensors(dim=64)))
+
+    def interrupted(name: str, content: object) -> None:
+        monkeypatch.setattr(cache, "store", store)
+        second.start()
+        second.join(timeout=0.5)
+        store(name, content)
+
+    monkeypatch.setattr(cache, "store", interrupted)
+    remember("sdpa", *tensors())
+    second.join()
+    assert {choice.dim for choices in tuned.load().values() for choice in choices} == {32, 64}
+
+
+@pytest.mark.parametrize(("folder", "reason"), [("/proc/none", "No such file"), ("", "no home directory")])
 def test_a_folder_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(cache.FOLDER, "/proc/none")
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(cache.FOLDER, folder)
     assert main(["tune", *SHAPE, "--dtype", "float32", "--pass", "fwd", "--device", DEVICE.type]) == 2
-    assert "the choices can't be remembered" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the choices can't be remembered" in told
+    assert reason in " ".join(told.split())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from perceiver_kernels import autograd, dispatch
-from perceiver_kernels.spec import AttentionSpec, is_segmented, make_spec, segments
+from perceiver_kernels.spec import AttentionSpec, is_segmented, make_spec, needs_gradient, segments
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -138,11 +138,12 @@ def _run(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
     keys, values = segments(key), segments(value)
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (query, *keys, *values)):
+    tensors = (query, *keys, *values)
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors):
         raise NotImplementedError("perceiver_attention: forward-mode differentiation is not supported")
     lengths = [t.shape[-2] for t in keys]
     longest = lengths.index(max(lengths))
-    name = dispatch.choose(backend, query, keys[longest], values[longest], spec)
+    name = dispatch.choose(backend, query, keys[longest], values[longest], spec, needs_gradient(tensors))
     query = _channels_together(query)
     keys, values = [_channels_together(t) for t in keys], [_channels_together(t) for t in values]
     if is_segmented(key):

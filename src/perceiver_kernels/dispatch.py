@@ -47,14 +47,19 @@ def available_backends(device: torch.device | str = "cpu") -> dict[str, str | No
     return {name: BACKENDS[name].unavailable(device) for name in order(device)}
 
 
-def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str:
+def choose(
+    backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> str:
     """The name of the backend that serves this call.
+
+    ``key`` and ``value`` may stand for others, of which ``needs_gradient`` knows: the longest segment, or a
+    stream, which is never whole.
 
     Raises ``ValueError`` with every reason when the named backend, or none of them, can.
     """
     if backend is None:
         names = order(query.device)
-        fastest = tuned.chosen(query, key, value, spec)
+        fastest = tuned.chosen(query, key, value, spec, needs_gradient)
         if fastest in names:
             names.remove(fastest)
             names.insert(0, fastest)
@@ -66,7 +71,11 @@ def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec:
         names = [backend]
     refusals = []
     for name in names:
-        reasons = _reasons(name, query, key, value, spec)
+        reason = BACKENDS[name].unavailable(query.device)
+        if reason is None:
+            reasons = BACKENDS[name].unsupported(query, key, value, spec, needs_gradient)
+        else:
+            reasons = [reason]
         if not reasons:
             return name
         refusals += [f"{name}: {reason}" for reason in reasons]
@@ -74,8 +83,3 @@ def choose(backend: str | None, query: Tensor, key: Tensor, value: Tensor, spec:
     subject = "no backend" if backend is None else f"backend {backend!r}"
     can = "can" if backend is None else "cannot"
     raise ValueError(f"{subject} {can} serve {call}\n  " + "\n  ".join(refusals))
-
-
-def _reasons(name: str, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
-    reason = BACKENDS[name].unavailable(query.device)
-    return BACKENDS[name].unsupported(query, key, value, spec) if reason is None else [reason]

@@ -39,7 +39,7 @@ from perceiver_kernels.collectives import (
     sum_over_group,
 )
 from perceiver_kernels.merge import merge_attention
-from perceiver_kernels.spec import DTYPES, MAX_LENGTH, AttentionSpec, make_spec
+from perceiver_kernels.spec import DTYPES, MAX_LENGTH, AttentionSpec, make_spec, needs_gradient
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -109,7 +109,7 @@ def context_parallel_attention(
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
         )
-        name = dispatch.choose(backend, query, key, value, spec)
+        name = dispatch.choose(backend, query, key, value, spec, needs_gradient([query, key, value]))
         if lengths is not None and dropout_p > 0.0 and dropout_seed is None:
             raise ValueError("dropout_seed must be given where lengths are: each rank would draw its own")
     except (TypeError, ValueError):

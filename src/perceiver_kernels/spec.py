@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,11 @@ class AttentionSpec:
     @property
     def is_packed(self) -> bool:
         return self.cu_seqlens_q is not None
+
+    @property
+    def has_score(self) -> bool:
+        """Whether scores are more than scaled: a soft cap or dropout."""
+        return self.softcap > 0.0 or self.dropout_p > 0.0
 
     def over_keys(self, begin: int, end: int) -> AttentionSpec:
         """This call (dense form) restricted to keys ``begin`` to ``end - 1``, for a segment, chunk or rank.
@@ -195,6 +200,11 @@ def is_segmented(tensors: Tensor | Sequence[Tensor]) -> bool:
 def segments(tensors: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """The segments of keys or values; one tensor is one segment."""
     return [tensors] if isinstance(tensors, Tensor) else tensors
+
+
+def needs_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether a call that depends on these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

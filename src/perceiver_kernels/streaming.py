@@ -21,7 +21,7 @@ from torch import Tensor
 from perceiver_kernels.autograd import attention, attention_backward
 from perceiver_kernels.dispatch import choose
 from perceiver_kernels.merge import RunningMerge
-from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec
+from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec, needs_gradient
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such module
     from perceiver_kernels.distributed import Slices
@@ -354,7 +354,7 @@ def stream_call(
     )
     unset = {"is_causal": True, "q_offset": None, "dropout_seed": None}
     spec = make_spec(query, key, value, **(unset | options))
-    return spec, choose(backend, query, key, value, spec)
+    return spec, choose(backend, query, key, value, spec, needs_gradient([query, *stream.tensors]))
 
 
 def _check_leaves(x: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ import functools
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from perceiver_kernels._compile import constant_result
 from perceiver_kernels._version import __version__
 from perceiver_kernels.spec import AttentionSpec, dtype_name
 
+FILE = f"{__version__}-backends.json"
 _LENGTHS = ("examples", "heads", "queries", "keys")
 
 
@@ -66,12 +67,13 @@ def kind(query: Tensor, key: Tensor, value: Tensor, backward: bool, backend: str
     )
 
 
-def chosen(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str | None:
+def chosen(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> str | None:
     """The backend that was fastest for such a call here, None where none was measured."""
     if not CHOICES or spec.is_packed:
         return None
-    backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    call = kind(query, key, value, backward)
+    call = kind(query, key, value, needs_gradient)
     for choice in CHOICES.get(processor(query.device), ()):
         if choice.covers(call):
             return choice.backend
@@ -96,28 +98,33 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _file() -> Path:
-    return cache.path(f"{__version__}-backends.json")
-
-
 def load() -> dict[str, tuple[Choice, ...]]:
     """What is remembered, by processor."""
 
     def parse(content: Any) -> dict[str, tuple[Choice, ...]]:
-        return {str(name): tuple(Choice(**each) for each in found) for name, found in content.items()}
+        return {name: tuple(_checked(Choice(**each)) for each in found) for name, found in content.items()}
 
-    return cache.load(_file(), parse, "backends are chosen in the default order")
+    return cache.load(FILE, parse, "backends are chosen in the default order")
+
+
+def _checked(choice: Choice) -> Choice:
+    """The choice, of which every field has its type. Raises TypeError."""
+    for name, expected in get_type_hints(Choice).items():
+        if type(found := getattr(choice, name)) is not expected:
+            raise TypeError(f"{name} is {found!r}, not {expected.__name__}")
+    return choice
 
 
 def remember(name: str, choices: list[Choice]) -> Path:
     """Add a processor's choices to the file, in place of those of the same kinds. Raises OSError."""
-    found = load()
-    kept = [old for old in found.get(name, ()) if not any(new.covers(old) for new in choices)]
-    found[name] = (*choices, *kept)
-    cache.store(_file(), {name: [asdict(each) for each in entry] for name, entry in found.items()})
+    with cache.locked(FILE):
+        found = load()
+        kept = [old for old in found.get(name, ()) if not any(new.covers(old) for new in choices)]
+        found[name] = (*choices, *kept)
+        cache.store(FILE, {name: [asdict(each) for each in entry] for name, entry in found.items()})
     CHOICES.clear()
     CHOICES.update(found)
-    return _file()
+    return cache.path(FILE)
 
 
 CHOICES = load()

@@ -103,8 +103,7 @@ def launches(
     heads, kv_heads, D, Dv = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
     batch, queries, keys = problem_sizes(inputs)
     group = heads // kv_heads
-    has_score = spec.softcap > 0 or spec.dropout_p > 0
-    kernel = choose(query.dtype, max(D, Dv), queries * group, has_score)
+    kernel = choose(query.dtype, max(D, Dv), queries * group, spec.has_score)
     parts = torch.empty((splits, *lse.shape, Dv), dtype=torch.float32)
     part_lses = torch.empty((splits, *lse.shape))
     into, into_lse = (out, lse) if splits == 1 else (parts, part_lses)

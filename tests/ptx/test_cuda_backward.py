@@ -104,7 +104,7 @@ def launches(
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     D, Dv = query.shape[-1], value.shape[-1]
     batch, queries, keys = problem_sizes(inputs)
-    kernel = choose(query.dtype, max(D, Dv), spec.softcap > 0 or spec.dropout_p > 0)
+    kernel = choose(query.dtype, max(D, Dv), spec.has_score)
     if spec.is_packed:
         row_tiles = group * len(query) // kernel.block_m + batch
         all_tiles = row_tiles * kv_heads

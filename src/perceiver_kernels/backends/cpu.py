@@ -18,7 +18,9 @@ def unavailable(device: torch.device) -> str | None:
     return _library.missing
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> list[str]:
     """Every reason why this backend can't serve the call."""
     return [
         f"{name} has head dim {tensor.shape[-1]}; the kernels take up to {MAX_HEAD_DIM}"

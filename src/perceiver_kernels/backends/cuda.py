@@ -66,7 +66,7 @@ class Problem:
     keys: int
     dim: int
     value_dim: int
-    has_score: bool  # soft cap or dropout
+    has_score: bool  # the spec's
     packed_queries: int | None = None  # of all sequences
 
     @property
@@ -88,7 +88,6 @@ class Problem:
 def make_problem(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Problem:
     """The sizes of a call. Packed, it reads the lengths, which waits for the GPU."""
     heads, kv_heads = query.shape[1], key.shape[1]
-    has_score = spec.softcap > 0.0 or spec.dropout_p > 0.0
     if spec.cu_seqlens_q is None or spec.cu_seqlens_k is None:
         batch, queries, keys, packed = query.shape[0], query.shape[2], key.shape[2], None
     else:
@@ -97,25 +96,18 @@ def make_problem(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec)
             int(lengths.diff().max()) if batch else 0 for lengths in (spec.cu_seqlens_q, spec.cu_seqlens_k)
         )
     dims = (query.shape[-1], value.shape[-1])
-    return Problem(query.dtype, batch, heads, kv_heads, queries, keys, *dims, has_score, packed)
+    return Problem(query.dtype, batch, heads, kv_heads, queries, keys, *dims, spec.has_score, packed)
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_tile(problem: Problem, device: Device) -> Tile:
-    """The tile of the forward kernel that serves a problem."""
-    sizes = _ops.cuda_forward_tile(
-        problem.dtype,
-        max(problem.dim, problem.value_dim),
-        problem.rows,
-        problem.has_score,
-        *device.kind,
-    )
-    return Tile(*sizes)
+def forward_tile(dtype: torch.dtype, head_dim: int, rows: int, has_score: bool, device: Device) -> Tile:
+    """The tile of the forward kernel that serves so many rows, whatever the keys: decode asks once."""
+    return Tile(*_ops.cuda_forward_tile(dtype, head_dim, rows, has_score, *device.kind))
 
 
 def plan_forward(problem: Problem, device: Device) -> tuple[Tile, int]:
     """The tile, and into how many splits the keys go: a pure function of shape, device and environment."""
-    tile = forward_tile(problem, device)
+    tile = forward_tile(problem.dtype, problem.head_dim, problem.rows, problem.has_score, device)
     row_blocks, key_blocks = -(-problem.rows // tile.block_m), -(-problem.keys // tile.block_n)
     slots = device.processors * tile.per_processor(device)
     merge = 1 + 2 * min(problem.rows, tile.block_m) // tile.block_n
@@ -185,7 +177,9 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> list[str]:
     """Every reason why this backend can't serve the call."""
     reasons = [
         f"{name} has head dim {tensor.shape[-1]}; the kernels take multiples of 8 up to {MAX_HEAD_DIM}"
@@ -197,16 +191,9 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) 
             f"query is {dtype_name(query.dtype)}; the kernels take bfloat16 and float16: tensor cores would "
             "round anything wider"
         )
-    if (
-        not reasons
-        and torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
-    ):
-        head_dim, has_score = (
-            max(query.shape[-1], value.shape[-1]),
-            spec.softcap > 0.0 or spec.dropout_p > 0.0,
-        )
-        reasons += _backward_obstacle(query.dtype, head_dim, has_score, query.device)
+    if needs_gradient and not reasons:
+        head_dim = max(query.shape[-1], value.shape[-1])
+        reasons += _backward_obstacle(query.dtype, head_dim, spec.has_score, query.device)
     queries, keys = (query.shape[0], key.shape[0]) if spec.is_packed else (query.shape[2], key.shape[2])
     if queries * (query.shape[1] // key.shape[1]) + keys >= 2**31:
         reasons.append("rows of one key head and keys together are counted in 31 bits")

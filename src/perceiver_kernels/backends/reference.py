@@ -16,6 +16,8 @@ def unavailable(device: torch.device) -> str | None:
     return "the meta device holds no data" if device.type == "meta" else None
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> list[str]:
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, needs_gradient: bool
+) -> list[str]:
     """Every reason why this backend can't serve the call: none, it is the specification."""
     return []

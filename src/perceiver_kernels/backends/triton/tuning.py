@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import astuple, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,30 +99,31 @@ def _key(kind: str, problem: Problem) -> str:
     return f"{kind} {problem.dtype} {precision} {rounded}x{problem.D}x{problem.DV}{flags}"
 
 
-def _cache_file(device: Device) -> Path:
-    return cache.path(f"{__version__}-triton-{triton.__version__}-{device.arch}-{device.processors}.json")
+def _cache_file(device: Device) -> str:
+    return f"{__version__}-triton-{triton.__version__}-{device.arch}-{device.processors}.json"
 
 
-_read: dict[Path, dict[str, Config]] = {}  # what this process has read or written
+_read: dict[str, dict[str, Config]] = {}  # by file, what this process has read or written
 
 
-def _known(path: Path) -> dict[str, Config]:
-    if path not in _read:
-        _read[path] = _load(path)
-    return _read[path]
+def _known(file: str) -> dict[str, Config]:
+    if file not in _read:
+        _read[file] = _load(file)
+    return _read[file]
 
 
-def _load(path: Path) -> dict[str, Config]:
+def _load(file: str) -> dict[str, Config]:
     def parse(content: Any) -> dict[str, Config]:
         return {str(key): Config(*map(int, sizes)) for key, sizes in content.items()}
 
-    return cache.load(path, parse, "configurations are measured again")
+    return cache.load(file, parse, "configurations are measured again")
 
 
-def _store(path: Path, key: str, config: Config) -> None:
-    _known(path)[key] = config
-    entries = _load(path) | _known(path)
+def _store(file: str, key: str, config: Config) -> None:
+    _known(file)[key] = config
     try:
-        cache.store(path, {name: astuple(entry) for name, entry in entries.items()})
+        with cache.locked(file):
+            entries = _load(file) | _known(file)
+            cache.store(file, {name: astuple(entry) for name, entry in entries.items()})
     except OSError as error:
-        warnings.warn(f"the fastest configuration can't be remembered in {path} ({error})", stacklevel=3)
+        warnings.warn(f"the fastest configuration can't be remembered ({error})", stacklevel=3)

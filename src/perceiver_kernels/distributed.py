@@ -252,13 +252,13 @@ class Slices:
             own = part[:, max(missing, 0) :]
             whole[:, max(-missing, 0) :][:, : own.shape[1]] = own
             wholes.append(whole)
-        return sum_over_group(wholes, self.group)
+        return self.sum(wholes)
 
     def counted(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the ranks' ``own`` before this one's, and of all."""
         counts = own.new_zeros(len(self.lengths), *own.shape)
         counts[self.rank] = own
-        (counts,) = sum_over_group([counts], self.group)
+        (counts,) = self.sum([counts])
         return counts[: self.rank].sum(0), counts.sum(0)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -293,9 +293,9 @@ class Slices:
         merged, lses = reduce_over_group(rows, reduce, self.group, what)
         return torch.empty_like(out).copy_(merged.view(out.shape)), lses.view(lse.shape)
 
-    def sum(self, gradient: Tensor) -> Tensor:
-        """The sum over ranks of what came back into the merged results; the same bits on all."""
-        return sum_over_group([gradient], self.group)[0]
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over ranks of each tensor; the same bits on all. No gradient."""
+        return sum_over_group(tensors, self.group)
 
     @contextmanager
     def randomness(self, use: str, device: torch.device, *, shared: bool = False) -> Iterator[None]:
@@ -359,7 +359,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        dout, *dlses = sum_over_group([dout, dlse] if ctx.with_lse else [dout], ctx.slices.group)
+        dout, *dlses = ctx.slices.sum([dout, dlse] if ctx.with_lse else [dout])
         gradients = torch.ops.perceiver_kernels.attention_backward(
             dout, dlses[0] if dlses else None, query, key, value, out, lse, *ctx.spec.options(), ctx.backend
         )

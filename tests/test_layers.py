@@ -1,5 +1,6 @@
 """The layers against plain float64 mathematics, and what they promise about masks, dropout and caches."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
@@ -333,11 +334,24 @@ def test_feed_forward():
         ),
         ({"num_heads": 2, "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"num_heads": 2, "prefix_dropout": -0.1}, r"prefix_dropout must be in \[0, 1\), got -0.1"),
+        ({"num_heads": 2.0}, "num_heads must be an int, got float"),
+        ({"num_heads": 2, "chunk_size": "4"}, "chunk_size must be an int, got str"),
+        ({"num_heads": 2, "chunk_size": None}, "chunk_size must be an int, got NoneType"),
+        ({"num_heads": 2, "chunk_size": 4.0}, "chunk_size must be an int, got float"),
+        ({"num_heads": 2, "streamed": "no"}, "streamed must be a bool, got str"),
+        ({"num_heads": 2, "bias": 1}, "bias must be a bool, got int"),
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        TypeError if "an int" in message or "a bool" in message else ValueError, match=message
+    ):
         CrossAttention(DIM, **options)
+
+
+def test_sizes_from_numpy():
+    layer = CrossAttention(np.int64(DIM), np.int32(4))
+    assert (type(layer.dim), type(layer.num_heads), type(layer.head_dim)) == (int, int, int)
 
 
 @pytest.mark.parametrize(
@@ -361,9 +375,44 @@ def test_bad_options(options, message):
             "more than the head dim 8 holds",
         ),
         (lambda f, x, p: SelfAttention(DIM, 3)(x, p), "SelfAttention takes no prefix"),
+        (lambda f, x, p: SelfAttention(DIM, 3)(x, group="ranks"), "SelfAttention takes no group"),
+        (lambda f, x, p: f(x, p.to("meta")), f"prefix is on meta, but latents is on {DEVICE}"),
+        (
+            lambda f, x, p: f(x, p, positions=torch.arange(13, device="meta")),
+            f"positions is on meta, but latents is on {DEVICE}",
+        ),
+        (
+            lambda f, x, p: f(x, p, rotary=(torch.ones(13, 2), torch.ones(13, 3))),
+            r"cos and sin must have one shape, got \(13, 2\) and \(13, 3\)",
+        ),
     ],
 )
 def test_bad_calls(call, message):
     latents, prefix = data(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         call(CrossAttention(DIM, 3), latents, prefix)
+
+
+@pytest.mark.parametrize("given", [[1.0], np.zeros(3), "text"])
+@pytest.mark.parametrize("name", ["latents", "key_mask", "positions"])
+def test_what_is_no_tensor(name, given):
+    latents, prefix = data(dtype=torch.float32)
+    with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got {type(given).__name__}$"):
+        CrossAttention(DIM, 3)(**{"latents": latents, "prefix": prefix, name: given})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"latents": None}, "latents must be a torch.Tensor, got NoneType"),
+        ({"latents": torch.zeros(2, 4, DIM).long()}, "latents must have one of the dtypes float32"),
+        ({"prefix": torch.zeros(2, 9, DIM).double()}, "prefix is float64, but latents is float32"),
+        ({"key_mask": torch.ones(2, 13)}, "key_mask must be bool, got float32"),
+        ({"rotary": torch.ones(2, 13, 2)}, "rotary must be cos and sin, a pair of tensors, got Tensor"),
+        ({"rotary": (torch.ones(13, 2), None)}, "sin must be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_bad_types(call, message):
+    latents, prefix = data(dtype=torch.float32)
+    with pytest.raises(TypeError, match=message):
+        CrossAttention(DIM, 3)(**{"latents": latents, "prefix": prefix} | call)

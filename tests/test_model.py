@@ -415,8 +415,10 @@ def test_the_package_offers_it():
         ({"dim": 33}, ValueError, "dim 33 is not a multiple of num_heads 4: give head_dim"),
         ({"dim": 33, "head_dim": 8}, ValueError, "dim must be even for sinusoidal positions, got 33"),
         ({"depth": -1}, ValueError, "depth must be at least 0, got -1"),
-        ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got 2.0"),
-        ({"depth": True}, TypeError, "depth must be an int, got True"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got float"),
+        ({"depth": True}, TypeError, "depth must be an int, got bool"),
+        ({"streamed": "no"}, TypeError, "streamed must be a bool, got str"),
+        ({"tie_embeddings": 1}, TypeError, "tie_embeddings must be a bool, got int"),
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads is 3, which does not divide num_heads 4"),
         ({"num_latents": 65}, ValueError, "num_latents is 65, more than max_seq_len 64"),
         (
@@ -497,6 +499,9 @@ def test_bad_configuration(changes, error, message):
             r"pad_mask must be \(1, 5\) like tokens",
         ),
         ((draw(1, 5), 2, torch.zeros(1, 5)), TypeError, "pad_mask must be bool, got torch.float32"),
+        (([[1, 2]],), TypeError, "tokens must be a torch.Tensor, got list"),
+        ((draw(1, 5), 2, [False] * 5), TypeError, "pad_mask must be a torch.Tensor, got list"),
+        ((draw(1, 5), "2"), TypeError, "num_latents must be an int, got str"),
     ],
 )
 def test_bad_calls(arguments, error, message):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from perceiver_kernels import autograd, dispatch
+from perceiver_kernels.checks import check_bool
 from perceiver_kernels.spec import AttentionSpec, is_segmented, make_spec, needs_gradient, segments
 
 Tensors = Tensor | Sequence[Tensor]
@@ -135,8 +136,7 @@ def perceiver_attention_varlen(
 def _run(
     query: Tensor, key: Any, value: Any, spec: AttentionSpec, backend: str | None, return_lse: bool
 ) -> Any:
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be a bool, got {type(return_lse).__name__}")
+    check_bool("return_lse", return_lse)
     keys, values = segments(key), segments(value)
     tensors = (query, *keys, *values)
     if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors):
@@ -167,9 +167,14 @@ def autocast(given: Any) -> Any:
         return [autocast(tensor) for tensor in given]
     if not isinstance(given, Tensor):
         return given  # the checks name the culprit
-    device = given.device.type
-    if given.is_meta or not torch.is_autocast_enabled(device):  # `is_autocast_available` breaks old dynamos
-        return given
-    if not given.is_floating_point() or given.dtype == torch.float64:
-        return given
-    return given.to(torch.get_autocast_dtype(device))
+    return given.to(autocast_dtype(given.dtype, given.device))
+
+
+def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What :func:`autocast` makes of a dtype."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # `is_autocast_available` breaks old dynamos
+        return dtype
+    if not dtype.is_floating_point or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(kind)

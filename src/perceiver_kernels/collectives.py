@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import struct
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,6 @@ Group = ProcessGroup | DeviceMesh | None
 
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-_NUMBERS = 20  # in a row that ranks compare
 
 
 def resolve_group(group: Group) -> ProcessGroup:
@@ -119,45 +119,77 @@ def _explained(group: ProcessGroup, what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def refusing(group: ProcessGroup, given: Any) -> Iterator[None]:
+    """What raises inside, the checks before a :func:`compare`, makes that of the other ranks raise too."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(ValueError):  # the others' error
+            _exchange(group, given, _REFUSED, 0, f"{type(error).__name__}: {error}")
+        raise
+
+
 def compare(
-    group: ProcessGroup, device: torch.device, length: int, seed: int, facts: Mapping[str, int | float]
+    group: ProcessGroup, given: Any, length: int, seed: int, facts: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], int]:
     """Every rank's ``length``, and rank 0's ``seed``.
 
-    Raises ``ValueError``, on every rank, where one of them called :func:`refuse` or a fact differs.
+    Raises ``ValueError`` on every rank where the ``repr`` of a fact differs, or where one of them raised an
+    error when :func:`refusing`. ``given`` is the tensor that tells where the group's messages may lie.
     """
-    rows = _gather_numbers(group, device, [length, seed, *(_encode(value) for value in facts.values())])
-    for rank, row in enumerate(rows):
-        if row[0] < 0:
-            raise ValueError(f"rank {rank} of the group refused its arguments: its own error says why")
-        for name, value, here, first in zip(facts, facts.values(), row[2:], rows[0][2:], strict=False):
-            if here != first:
-                kind = type(value)
-                raise ValueError(
-                    f"{name} must be the same on every rank, got {_decode(first, kind)} on rank 0 "
-                    f"and {_decode(here, kind)} on rank {rank}"
-                )
-    return tuple(row[0] for row in rows), rows[0][1]
+    text = json.dumps({name: repr(value) for name, value in facts.items()})
+    rows = _exchange(group, given, length, seed, text)
+    return tuple(length for length, _ in rows), rows[0][1]
 
 
-def refuse(group: ProcessGroup, device: torch.device) -> None:
-    """Let the other ranks' :func:`compare` raise, before this rank raises an error of its own."""
-    _gather_numbers(group, device, [-1])
+_REFUSED = -1  # in place of a length
 
 
-def _gather_numbers(group: ProcessGroup, device: torch.device, numbers: list[int]) -> list[list[int]]:
-    row = torch.tensor([numbers + [0] * (_NUMBERS - len(numbers))], device=device)
-    rows = row.new_empty(group.size(), _NUMBERS)
+def _exchange(group: ProcessGroup, given: Any, length: int, seed: int, text: str) -> list[tuple[int, int]]:
+    """Every rank's ``length`` and ``seed``; of the ``text`` only a digest travels unless it's an error."""
+    said = text.encode()
+    digest = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little", signed=True)
+    device = _message_device(group, given)
+    row = torch.tensor([length, seed, digest, len(said)], device=device)
+    rows = _gather(group, row).tolist()
+    if all(length != _REFUSED and digest == rows[0][2] for length, _, digest, _ in rows):
+        return [(length, seed) for length, seed, _, _ in rows]
+    longest = max(size for *_, size in rows)
+    padded = torch.tensor(list(said.ljust(longest)), dtype=torch.uint8, device=device)
+    pairs = zip(_gather(group, padded).tolist(), rows, strict=True)
+    texts = [bytes(told[: row[3]]).decode() for told, row in pairs]
+    for rank, (length, *_) in enumerate(rows):
+        if length == _REFUSED:
+            raise ValueError(f"rank {rank} of the group refused its arguments: {texts[rank]}")
+    raise ValueError(_first_difference([json.loads(text) for text in texts]))
+
+
+def _first_difference(facts: list[dict[str, str]]) -> str:
+    first = facts[0]
+    rank, name = next(
+        (rank, name)
+        for rank, here in enumerate(facts)
+        for name in first | here
+        if here.get(name) != first.get(name)
+    )
+    return (
+        f"{name} must be the same on every rank, got {first.get(name)} on rank 0 "
+        f"and {facts[rank].get(name)} on rank {rank}"
+    )
+
+
+def _message_device(group: ProcessGroup, given: Any) -> torch.device:
+    """CPU memory where the group's library reads it, else the tensor's GPU, or any where it is no tensor."""
+    kinds = [device.type for device in group._device_types]
+    if "cpu" not in kinds and isinstance(given, Tensor) and given.device.type in kinds:
+        return given.device
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def _gather(group: ProcessGroup, row: Tensor) -> Tensor:
+    """The ranks' rows (n,) as (ranks, n)."""
+    rows = row.new_empty(group.size(), len(row))
     with _explained(group, "comparing the ranks' arguments"):
-        _all_gather(rows, row, group=group)
-    gathered: list[list[int]] = rows.tolist()
-    return gathered
-
-
-def _encode(value: int | float) -> int:
-    return int(struct.unpack("q", struct.pack("d", value))[0]) if isinstance(value, float) else int(value)
-
-
-def _decode(number: int, kind: type) -> int | float:
-    value: int | float = struct.unpack("d", struct.pack("q", number))[0] if kind is float else kind(number)
-    return value
+        _all_gather(rows, row.unsqueeze(0), group=group)
+    return rows

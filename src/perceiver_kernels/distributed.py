@@ -17,29 +17,32 @@ what DDP and FSDP do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.attention import autocast
+from perceiver_kernels.attention import autocast, autocast_dtype
+from perceiver_kernels.checks import check_bool, check_size, check_tensor
 from perceiver_kernels.collectives import (
     Group,
     compare,
     reduce_over_group,
-    refuse,
+    refusing,
     resolve_group,
     sum_over_group,
 )
 from perceiver_kernels.merge import merge_attention
-from perceiver_kernels.spec import DTYPES, MAX_LENGTH, AttentionSpec, make_spec, needs_gradient
+from perceiver_kernels.spec import MAX_LENGTH, AttentionSpec, make_spec, needs_gradient
+
+CALL = "the call"  # the first of the facts that are compared: the others are those of this call
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -75,8 +78,10 @@ def context_parallel_attention(
         value: (B, Hkv, n, Dv).
         group: a process group or a one-dimensional DeviceMesh whose ranks hold the slices in order; None is
             the default group. Tensors must be where its backend works: gloo on CPUs, NCCL on GPUs.
-        lengths: every rank's n. None: the ranks tell each other, and compare all other arguments, before
-            anything else (8 bytes for each of 20 numbers to every rank, and on a GPU a wait for it).
+        lengths: every rank's n, on all ranks or on none. None: the ranks tell each other, and compare all
+            other arguments, before anything else: of query its shape and dtype, of key and value their heads
+            and head dims, of a tensor q_offset the values (32 bytes to every rank, and with NCCL a wait for
+            the GPU). key_mask is each rank's own.
         q_offset: position of query 0 among all N keys: None for N - M, an int, or an integer tensor (B,).
         key_mask: bool (B, n), this rank's slice.
         dropout_seed: None takes rank 0's draw; with ``lengths`` given it must be given too.
@@ -87,15 +92,13 @@ def context_parallel_attention(
 
     Raises:
         TypeError, ValueError: as the op, before any kernel runs; without ``lengths`` on every rank as soon as
-            one rank refuses, or their arguments differ.
+            one rank refuses, or their arguments differ. (For a wrong ``group`` there is nobody to tell.)
         RuntimeError: the exchange failed: a rank died, or took longer than the group's timeout.
     """
     ranks = resolve_group(group)
-    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    try:
+    with refusing(ranks, query) if lengths is None else nullcontext():
         for argument, tensor in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
+            check_tensor(argument, tensor)
         query, key, value = autocast(query), autocast(key), autocast(value)
         spec = make_spec(
             query,
@@ -109,39 +112,34 @@ def context_parallel_attention(
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
         )
-        name = dispatch.choose(backend, query, key, value, spec, needs_gradient([query, key, value]))
-        if lengths is not None and dropout_p > 0.0 and dropout_seed is None:
-            raise ValueError("dropout_seed must be given where lengths are: each rank would draw its own")
-    except (TypeError, ValueError):
-        if lengths is None:
-            refuse(ranks, device)
-        raise
+        check_bool("return_lse", return_lse)
+        name = dispatch.choose(backend, query, key, value, spec, needs_gradient((query, key, value)))
     if lengths is None:
+        offset = spec.q_offset if spec.q_offsets is None else spec.q_offsets.tolist()
         facts = {
-            "query's batch size": query.shape[0],
-            "query's number of heads": query.shape[1],
-            "query's length": query.shape[2],
-            "query's head dim": query.shape[3],
+            CALL: "context_parallel_attention",
+            "query's shape": tuple(query.shape),
+            "query's dtype": query.dtype,
+            "key's number of heads": key.shape[1],
             "value's head dim": value.shape[3],
-            "query's dtype": DTYPES.index(query.dtype),
             "is_causal": is_causal,
-            "whether q_offset is a tensor": isinstance(q_offset, Tensor),
-            "whether q_offset is None": q_offset is None,
-            "q_offset": 0 if q_offset is None or isinstance(q_offset, Tensor) else q_offset,
+            "q_offset": None if q_offset is None else offset,
             "scale": spec.scale,
-            "softcap": spec.softcap,
+            "softcap": spec.softcap or None,
             "dropout_p": spec.dropout_p,
-            "dropout_seed": 0 if dropout_seed is None else dropout_seed,
+            "dropout_seed": None if dropout_seed is None else int(dropout_seed),
             "return_lse": return_lse,
-            "whether a gradient is needed": torch.is_grad_enabled()
-            and any(tensor.requires_grad for tensor in (query, key, value)),
+            "backend": backend,
+            "whether a gradient is needed": needs_gradient((query, key, value)),
         }
         seed = 0 if spec.dropout_seed is None else int(spec.dropout_seed[0])
-        lengths, seed = compare(ranks, device, key.shape[2], seed, facts)
+        lengths, seed = compare(ranks, query, key.shape[2], seed, facts)
         if spec.dropout_seed is not None:
             spec = replace(spec, dropout_seed=spec.dropout_seed.new_tensor((seed, 0)))
+    elif dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("dropout_seed must be given where lengths are: each rank would draw its own")
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    slices = Slices(ranks, tuple(lengths))
+    slices = Slices(ranks, _checked(lengths))
     own = slices.lengths[slices.rank]
     if own != key.shape[2]:
         raise ValueError(f"lengths[{slices.rank}] is {own}, but this rank's key has {key.shape[2]} positions")
@@ -169,22 +167,38 @@ class Slices:
             raise ValueError(f"the slices must have at most 2**32 - 1 positions in all, got {self.total}")
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def share(
         cls,
         group: Group,
-        length: int,
-        device: torch.device,
-        is_random: bool,
-        facts: Mapping[str, int | float],
+        module: nn.Module,
+        given: Any,
+        describe: Callable[[], tuple[int, Mapping[str, Any]]],
     ) -> Slices:
-        """The slices of which this rank's has this ``length``; where random, with a seed of rank 0's.
+        """Where the ranks' parts of a module's call lie; in training with a seed of rank 0's.
 
-        Raises ``ValueError`` on every rank where the ``facts`` differ between ranks.
+        Args:
+            given: an argument of the call, the tensor that tells where the group's messages may lie.
+            describe: checks this rank's arguments, and gives the length of its part and the facts, by name,
+                that must be those of all ranks.
+
+        Raises:
+            ValueError: on every rank where ``describe`` raised an error on another, or a fact differs.
         """
         ranks = resolve_group(group)
-        seed = int(torch.randint(2**62, (), device="cpu")) if is_random else 0
-        lengths, seed = compare(ranks, device, length, seed, facts)
-        return cls(ranks, lengths, seed if is_random else None)
+        with refusing(ranks, given):
+            length, facts = describe()
+        parameters = list(module.parameters())
+        facts = {
+            CALL: type(module).__name__,
+            "training": module.training,
+            "the parameters' dtypes": sorted({str(autocast_dtype(p.dtype, p.device)) for p in parameters}),
+            "how many parameters need a gradient": sum(needs_gradient([p]) for p in parameters),
+            **facts,
+        }
+        seed = int(torch.randint(2**62, (), device="cpu")) if module.training else 0
+        lengths, seed = compare(ranks, given, length, seed, facts)
+        return cls(ranks, lengths, seed if module.training else None)
 
     @property
     def rank(self) -> int:
@@ -238,13 +252,13 @@ class Slices:
             own = part[:, max(missing, 0) :]
             whole[:, max(-missing, 0) :][:, : own.shape[1]] = own
             wholes.append(whole)
-        return sum_over_group(wholes, self.group)
+        return self.sum(wholes)
 
     def counted(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the ranks' ``own`` before this one's, and of all."""
         counts = own.new_zeros(len(self.lengths), *own.shape)
         counts[self.rank] = own
-        (counts,) = sum_over_group([counts], self.group)
+        (counts,) = self.sum([counts])
         return counts[: self.rank].sum(0), counts.sum(0)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -279,9 +293,9 @@ class Slices:
         merged, lses = reduce_over_group(rows, reduce, self.group, what)
         return torch.empty_like(out).copy_(merged.view(out.shape)), lses.view(lse.shape)
 
-    def sum(self, gradient: Tensor) -> Tensor:
-        """The sum over ranks of what came back into the merged results; the same bits on all."""
-        return sum_over_group([gradient], self.group)[0]
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over ranks of each tensor; the same bits on all. No gradient."""
+        return sum_over_group(tensors, self.group)
 
     @contextmanager
     def randomness(self, use: str, device: torch.device, *, shared: bool = False) -> Iterator[None]:
@@ -300,6 +314,14 @@ class Slices:
             if devices:
                 torch.get_device_module(device).manual_seed(seed)
             yield
+
+
+def _checked(lengths: Any) -> tuple[int, ...]:
+    try:
+        given = list(lengths)
+    except TypeError:
+        raise TypeError(f"lengths must be a sequence of ints, got {type(lengths).__name__}") from None
+    return tuple(check_size(f"lengths[{rank}]", length, 0) for rank, length in enumerate(given))
 
 
 class _Attention(torch.autograd.Function):
@@ -332,7 +354,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        dout, *dlses = sum_over_group([dout, dlse] if ctx.with_lse else [dout], ctx.slices.group)
+        dout, *dlses = ctx.slices.sum([dout, dlse] if ctx.with_lse else [dout])
         gradients = torch.ops.perceiver_kernels.attention_backward(
             dout, dlses[0] if dlses else None, query, key, value, out, lse, *ctx.spec.options(), ctx.backend
         )

@@ -8,15 +8,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_kernels.attention import perceiver_attention
+from perceiver_kernels.attention import autocast_dtype, perceiver_attention
+from perceiver_kernels.checks import check_bool, check_size
 from perceiver_kernels.kv_cache import KVCache
+from perceiver_kernels.layer_checks import check_call
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
 from perceiver_kernels.rows import gather_rows, kept_indices, rows_at
+from perceiver_kernels.spec import needs_gradient
 from perceiver_kernels.streaming import (
     CHUNK_SIZE,
     Array,
@@ -33,6 +35,13 @@ if TYPE_CHECKING:  # a torch without torch.distributed has no such modules
     from perceiver_kernels.distributed import Slices
 
 Rotary = tuple[Tensor, Tensor]
+
+# What ranks must agree on. Each may have a way of its own to walk its part: streamed, chunk_size.
+_OPTIONS = (
+    *("num_heads", "num_kv_heads", "head_dim", "value_dim"),
+    *("rotary_dim", "rotary_kv_heads", "rotary_layout", "rotary_base", "rotary_endpoint"),
+    *("scale", "softcap", "dropout", "prefix_dropout", "backend"),
+)
 
 
 def _apart(slices: Slices | None, device: torch.device) -> AbstractContextManager[None]:
@@ -72,6 +81,7 @@ class CrossAttention(nn.Module):
 
     Raises:
         ValueError: for sizes below 1, heads that do not divide, shares outside their range.
+        TypeError: for a size that is no int, a flag that is no bool.
     """
 
     def __init__(
@@ -97,22 +107,16 @@ class CrossAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None and num_heads > 0 and dim % num_heads:
+        dim, num_heads = check_size("dim", dim), check_size("num_heads", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else check_size("num_kv_heads", num_kv_heads)
+        if head_dim is None and dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}: give head_dim")
-        head_dim = dim // max(num_heads, 1) if head_dim is None else head_dim
-        value_dim = head_dim if value_dim is None else value_dim
-        sizes = {
-            "dim": dim,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "value_dim": value_dim,
-            "chunk_size": chunk_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        head_dim = check_size("head_dim", dim // num_heads if head_dim is None else head_dim)
+        value_dim = head_dim if value_dim is None else check_size("value_dim", value_dim)
+        chunk_size = check_size("chunk_size", chunk_size)
+        flags = {"bias": bias, "rotary_endpoint": rotary_endpoint, "streamed": streamed}
+        for name, flag in flags.items():
+            check_bool(name, flag)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}, which does not divide num_heads {num_heads}")
         for name, share in (("rotary_fraction", rotary_fraction), ("rotary_heads", rotary_heads)):
@@ -372,30 +376,12 @@ class CrossAttention(nn.Module):
         Returns:
             (B, M, dim), to be added to the latents.
         """
-        if latents.dim() != 3 or latents.shape[-1] != self.dim:
-            raise ValueError(f"latents must be (B, M, {self.dim}), got {tuple(latents.shape)}")
-        batch, total = latents.shape[:2]
-        if prefix is not None:
-            total += self._check_prefix(batch, prefix)
-        length = total - latents.shape[1]
-        slices = None if group is None else self._share(latents, prefix, length, group)
-        if key_mask is not None and key_mask.shape != (batch, total):
-            raise ValueError(
-                f"key_mask must be ({batch}, {total}), prefix and latents, got {tuple(key_mask.shape)}"
-            )
-        if rotary is not None and positions is not None:
-            raise ValueError("give either positions or rotary, not both")
-        given: list[tuple[str, torch.Size]] = []
-        if positions is not None:
-            given = [("positions is", positions.shape)]
-        elif rotary is not None:
-            given = [(f"{name} is", t.shape[:-1]) for name, t in zip(("cos", "sin"), rotary, strict=True)]
-        for name, shape in given:
-            if shape not in ((total,), (batch, total)):
-                raise ValueError(
-                    f"rotary positions must be ({total},) or ({batch}, {total}), prefix and latents; "
-                    f"{name} {tuple(shape)}"
-                )
+        given = latents, prefix, key_mask, positions, rotary
+        if group is None:
+            total, slices = check_call(self, *given) + latents.shape[1], None
+        else:
+            slices = self._share(group, *given)
+            total = slices.lengths[slices.rank] + latents.shape[1]
         if self.streamed:
             before = latents[:, :0] if prefix is None else prefix
             source = before if isinstance(before, Recomputed) else Rows(before)
@@ -414,35 +400,29 @@ class CrossAttention(nn.Module):
             latents, inputs, positions=positions, rotary=rotary, key_mask=key_mask, slices=slices
         )
 
-    def _share(self, latents: Tensor, prefix: Any, length: int, group: Group) -> Slices:
+    def _share(self, group: Group, latents: Tensor, prefix: Any, *given: Any) -> Slices:
         from perceiver_kernels.distributed import Slices
 
-        leaves = [latents, *self.parameters(), *([prefix] if isinstance(prefix, Tensor) else [])]
-        facts = {
-            "latents' batch size": latents.shape[0],
-            "latents' length": latents.shape[1],
-            "training": self.training,
-            "whether a gradient is needed": torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
-        }
-        return Slices.share(group, length, latents.device, self.training, facts)
+        def describe() -> tuple[int, dict[str, Any]]:
+            length = check_call(self, latents, prefix, *given)
+            tensors = prefix.parameters if isinstance(prefix, Recomputed) else (prefix,)
+            leaves = [t for t in (latents, *self.parameters(), *tensors) if isinstance(t, Tensor)]
+            facts = {
+                "latents' shape": tuple(latents.shape),
+                "latents' dtype": autocast_dtype(latents.dtype, latents.device),
+                "whether a gradient is needed": needs_gradient(leaves),
+            }
+            return length, facts | {name: getattr(self, name) for name in _OPTIONS}
 
-    def _check_prefix(self, batch: int, prefix: Any) -> int:
-        """Refuse what is no prefix for this layer; returns its length."""
-        if not self.streamed and not isinstance(prefix, Tensor):
-            kind = type(prefix).__name__
-            raise TypeError(f"prefix must be a torch.Tensor where the layer is not streamed, got {kind}")
-        if isinstance(prefix, Recomputed):
-            return prefix.length
-        if not isinstance(prefix, (Tensor, np.ndarray)):
-            kind = type(prefix).__name__
-            raise TypeError(f"prefix must be a tensor, a numpy array or Recomputed, got {kind}")
-        if prefix.ndim != 3 or prefix.shape[0] != batch or prefix.shape[-1] != self.dim:
-            raise ValueError(f"prefix must be ({batch}, N - M, {self.dim}), got {tuple(prefix.shape)}")
-        return prefix.shape[1]
+        slices: Slices = Slices.share(group, self, latents, describe)
+        return slices
 
 
 class SelfAttention(CrossAttention):
-    """Causal self-attention over the latents: :class:`CrossAttention` without a prefix and with one norm."""
+    """Causal self-attention over the latents: :class:`CrossAttention` without a prefix and with one norm.
+
+    In context parallel every rank has all latents, and computes this layer by itself.
+    """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int | None = None, **options: Any) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
@@ -452,8 +432,9 @@ class SelfAttention(CrossAttention):
         self, latents: Tensor, prefix: Tensor | Array | Recomputed | None = None, **options: Any
     ) -> Tensor:
         """As :meth:`CrossAttention.forward`, (B, M, dim) to (B, M, dim)."""
-        if prefix is not None:
-            raise ValueError("SelfAttention takes no prefix: use CrossAttention")
+        for name, given in (("prefix", prefix), ("group", options.get("group"))):
+            if given is not None:
+                raise ValueError(f"SelfAttention takes no {name}: use CrossAttention")
         return super().forward(latents, **options)
 
 

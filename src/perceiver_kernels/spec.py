@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from perceiver_kernels.checks import check_bool, check_device, check_int, check_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_OFFSET = 2**48  # leaves room for offset + query index in int64
@@ -101,7 +102,7 @@ def make_spec(
         _check_segments(query, key, value)
     else:
         _check_tensors(query, key, value, packed=cu_seqlens is not None)
-    _check_bool("is_causal", is_causal)
+    check_bool("is_causal", is_causal)
     cu_seqlens_q = cu_seqlens_k = None
     if cu_seqlens is None:
         batch, num_keys = query.shape[0], sum(segment.shape[2] for segment in segments(key))
@@ -325,8 +326,7 @@ def _check_tensors(query: Any, key: Any, value: Any, packed: bool, at: str = "")
         value_name: "(Tk, Hkv, Dv)" if packed else "(B, Hkv, N, Dv)",
     }
     for name, tensor in (("query", query), (key_name, key), (value_name, value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "a nested tensor" if tensor.is_nested else dtype_name(tensor.layout)
             raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
@@ -336,8 +336,7 @@ def _check_tensors(query: Any, key: Any, value: Any, packed: bool, at: str = "")
     for name, tensor in ((key_name, key), (value_name, value)):
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} is {dtype_name(tensor.dtype)}, but query is {dtype_name(query.dtype)}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
+        check_device(name, tensor, "query", query)
         if not packed and tensor.shape[0] != query.shape[0]:
             raise ValueError(f"{name} has batch size {tensor.shape[0]}, but query has {query.shape[0]}")
 
@@ -373,47 +372,31 @@ def _check_tensors(query: Any, key: Any, value: Any, packed: bool, at: str = "")
         )
 
 
-def _check_cu_seqlens(name: str, tensor: Any, query: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+def _check_cu_seqlens(name: str, value: Any, query: Tensor) -> Tensor:
+    tensor = check_tensor(name, value)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {dtype_name(tensor.dtype)}")
     if tensor.dim() != 1 or tensor.shape[0] < 1:
         raise ValueError(f"{name} must have shape (B + 1,), got {tuple(tensor.shape)}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
+    check_device(name, tensor, "query", query)
     return tensor.to(torch.int64).contiguous()
 
 
 def _check_tensor_option(
-    name: str, tensor: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], query: Tensor
+    name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], query: Tensor
 ) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    tensor = check_tensor(name, value)
     if tensor.dtype not in dtypes:
         expected = "bool" if dtypes == (torch.bool,) else "an integer dtype"
         raise TypeError(f"{name} must be {expected}, got {dtype_name(tensor.dtype)}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device}, but query is on {query.device}")
+    check_device(name, tensor, "query", query)
     return tensor
 
 
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
 def _check_int(name: str, value: Any, low: int, high: int) -> int:
-    number: int = value
-    if not isinstance(value, (int, torch.SymInt)):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got bool")
+    number = check_int(name, value)
     if not low <= number <= high:
         raise ValueError(f"{name} must be between {_power(low)} and {_power(high)}, got {number}")
     return number

@@ -318,7 +318,7 @@ class _StreamedAttention(torch.autograd.Function):
         query, out, lse, *_ = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if ctx.slices is not None:
-            dout = ctx.slices.sum(dout)
+            (dout,) = ctx.slices.sum([dout])
         (stream, *call), wanted = ctx.call, ctx.needs_input_grad[5:]
         with ctx.ambient.again():
             dq, gradients = stream.backward(dout, dlse, query, (out, lse), *call, wanted)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+from perceiver_kernels.checks import check_bool, check_size
 from perceiver_kernels.layers import Activation
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout
 from perceiver_kernels.streaming import CHUNK_SIZE
@@ -63,7 +64,8 @@ class PerceiverARConfig:
         chunk_size: positions of each example at a time, where streamed.
 
     Raises:
-        ValueError: for a value outside its range; TypeError: for a size that is not an int.
+        ValueError: for a value outside its range; TypeError: for a size that is not an int, a flag that
+            is not a bool.
     """
 
     vocab_size: int
@@ -105,11 +107,11 @@ class PerceiverARConfig:
         sizes += ["latents_per_position", "chunk_size"]
         optional = [name for name in ("num_kv_heads", "head_dim") if getattr(self, name) is not None]
         for name in (*sizes, *optional):
-            value, least = getattr(self, name), 0 if name == "depth" else 1
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            size = check_size(name, getattr(self, name), 0 if name == "depth" else 1)
+            object.__setattr__(self, name, size)  # JSON knows no numpy ints
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                check_bool(field.name, getattr(self, field.name))
         if self.num_latents > self.max_seq_len:
             raise ValueError(f"num_latents is {self.num_latents}, more than max_seq_len {self.max_seq_len}")
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:

@@ -7,6 +7,7 @@ Further cross-attentions may follow layers of choice, and several latents may st
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from perceiver_kernels.checks import check_device, check_int, check_tensor
 from perceiver_kernels.generation import generate
 from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
@@ -165,9 +167,11 @@ class PerceiverAR(nn.Module):
         Returns:
             (B, M, vocab_size).
         """
-        self.check_tokens(tokens, pad_mask)
-        slices = None if group is None else self._share(tokens, num_latents, pad_mask, group)
-        total = tokens.shape[1] if slices is None else slices.total
+        if group is None:
+            total, slices = self._check_call(tokens, num_latents, pad_mask), None
+        else:
+            slices = self._share(tokens, num_latents, pad_mask, group)
+            total = slices.total
         if not 1 <= total <= self.config.max_seq_len:
             raise ValueError(
                 f"tokens must have from 1 to max_seq_len {self.config.max_seq_len} positions, got {total}"
@@ -381,15 +385,21 @@ class PerceiverAR(nn.Module):
     ) -> Slices:
         from perceiver_kernels.distributed import Slices
 
-        facts = {
-            "tokens' batch size": tokens.shape[0],
-            "num_latents (-1: None)": -1 if num_latents is None else num_latents,
-            "whether pad_mask is given": pad_mask is not None,
-            "training": self.training,
-            "whether a gradient is needed": torch.is_grad_enabled()
-            and any(parameter.requires_grad for parameter in self.parameters()),
-        }
-        return Slices.share(group, tokens.shape[1], tokens.device, self.training, facts)
+        def describe() -> tuple[int, dict[str, Any]]:
+            length = self._check_call(tokens, num_latents, pad_mask)
+            facts = {
+                "tokens' batch size": tokens.shape[0],
+                "tokens' dtype": tokens.dtype,
+                "num_latents": None if num_latents is None else int(num_latents),
+                "whether pad_mask is given": pad_mask is not None,
+            }
+            config = dataclasses.asdict(self.config)
+            for name in ("streamed", "chunk_size"):  # each may have a way of its own to walk its slice
+                del config[name]
+            return length, facts | {f"config.{name}": value for name, value in config.items()}
+
+        slices: Slices = Slices.share(group, self, tokens, describe)
+        return slices
 
     def _forward_slice(
         self, tokens: Tensor, num_latents: int, pad_mask: Tensor | None, slices: Slices
@@ -418,16 +428,26 @@ class PerceiverAR(nn.Module):
             inputs = torch.cat((inputs, latents), dim=1) if isinstance(inputs, Tensor) else inputs
             return self.logits(self.read(latents, inputs, positions, key_mask, slices=prefix))
 
+    def _check_call(self, tokens: Tensor, num_latents: int | None, pad_mask: Tensor | None) -> int:
+        """Refuse what no input length makes right; returns this one's."""
+        self.check_tokens(tokens, pad_mask)
+        if num_latents is not None:
+            check_int("num_latents", num_latents)
+        return tokens.shape[1]
+
     def check_tokens(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
         """Refuse what is not a batch of tokens."""
+        check_tensor("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if pad_mask is not None:
+            check_tensor("pad_mask", pad_mask)
             if pad_mask.dtype != torch.bool:
                 raise TypeError(f"pad_mask must be bool, got {pad_mask.dtype}")
             if pad_mask.shape != tokens.shape:
                 raise ValueError(
                     f"pad_mask must be {tuple(tokens.shape)} like tokens, got {tuple(pad_mask.shape)}"
                 )
+            check_device("pad_mask", pad_mask, "tokens", tokens)

@@ -18,6 +18,7 @@ from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.recomputation import Snapshot
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
 from perceiver_kernels.rows import gather_rows, kept_indices, rows_at
+from perceiver_kernels.spec import dtype_name
 from perceiver_kernels.streaming import (
     CHUNK_SIZE,
     Array,
@@ -444,6 +445,14 @@ class CrossAttention(nn.Module):
             raise TypeError(f"prefix must be a tensor, a numpy array or Recomputed, got {kind}")
         if prefix.ndim != 3 or prefix.shape[0] != batch or prefix.shape[-1] != self.dim:
             raise ValueError(f"prefix must be ({batch}, N - M, {self.dim}), got {tuple(prefix.shape)}")
+        dtype = prefix.dtype
+        if isinstance(prefix, np.ndarray):
+            try:
+                dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+            except (TypeError, ValueError) as error:  # objects, another byte order
+                raise TypeError(f"prefix must be of a dtype that torch has, too, got {dtype!r}") from error
+        if dtype.is_complex:
+            raise TypeError(f"prefix must hold real numbers, got {dtype_name(dtype)}")
         return prefix.shape[1]
 
 

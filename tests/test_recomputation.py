@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -113,6 +115,26 @@ def test_another_mode_before_the_backward() -> None:
         assert all(module.training == stay for module in model.modules())
         results.append([parameter.grad for parameter in model.parameters()])
     same(*results)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_threads_share_a_module(grad: bool) -> None:
+    """What each of them calls with is gone afterwards."""
+    _, layer = layers()
+    before, want = list(layer.parameters()), layer(*inputs()).detach()
+    layer.k_proj.register_forward_hook(lambda module, args, out: time.sleep(0.001))
+
+    def step() -> Tensor:
+        with torch.set_grad_enabled(grad):
+            out = layer(*inputs())
+            if grad:
+                torch.autograd.grad(out.sum(), before)
+        return out.detach()
+
+    with ThreadPoolExecutor(4) as pool:
+        outs = [future.result() for future in [pool.submit(step) for _ in range(8)]]
+    assert all(torch.equal(out, want) for out in outs)
+    assert all(a is b for a, b in zip(before, layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

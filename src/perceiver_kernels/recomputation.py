@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 State = list[tuple[dict[str, Any], str, Any]]  # attributes of modules: where they are held, name, value
 Edge = tuple[Any, int]  # a node of a graph, and which of its outputs
+_one_at_a_time = threading.RLock()  # threads that put into one module must each find what they put back
 
 
 class Snapshot:
@@ -42,12 +44,15 @@ class Snapshot:
 
     def __call__(self, x: Tensor) -> Any:
         """What the module gives for ``x``, hooks and all."""
-        present: State = [(holder, name, holder[name]) for holder, name, _ in self._state]
-        _put(self._state)
-        try:
+        if not torch.is_grad_enabled():  # the forward: it is as it is
             return self.module(x)
-        finally:
-            _put(present)
+        with _one_at_a_time:
+            present: State = [(holder, name, holder[name]) for holder, name, _ in self._state]
+            _put(self._state)
+            try:
+                return self.module(x)
+            finally:
+                _put(present)
 
 
 def _put(state: State) -> None:

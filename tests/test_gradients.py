@@ -130,8 +130,9 @@ def test_merge_of_parts_is_the_whole(backend: str) -> None:
         assert_alike(a, b)
 
 
-def test_merge_of_dead_rows() -> None:
-    outs = [torch.zeros(1, 1, 2, 3, requires_grad=True), torch.ones(1, 1, 2, 3, requires_grad=True)]
+@pytest.mark.parametrize("dead", [0.0, torch.nan, torch.inf])
+def test_merge_of_dead_rows(dead: float) -> None:
+    outs = [torch.full((1, 1, 2, 3), dead, requires_grad=True), torch.ones(1, 1, 2, 3, requires_grad=True)]
     lses = [
         torch.tensor([[[-torch.inf, -torch.inf]]], requires_grad=True),
         torch.tensor([[[-torch.inf, 2.0]]], requires_grad=True),

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_kernels import PerceiverAR, PerceiverARConfig, Recomputed
+from perceiver_kernels import PerceiverAR, PerceiverARConfig
 from perceiver_kernels.cli import charts
 from perceiver_kernels.cli.checkpoint import Resumable, checkpointed
 from perceiver_kernels.cli.machine import caption, provenance
@@ -92,11 +92,7 @@ def predict(model: PerceiverAR, tokens: Tensor, places: Tensor, latents: int) ->
     if not model.config.streamed:
         inputs = model.embed(tokens, places)
         return model.logits(model.read(inputs[:, -latents:], inputs, places))
-    prefix = Recomputed(
-        lambda begin, end: model.embed(tokens[:, begin:end], places[begin:end], in_chunks=True),
-        tokens.shape[1] - latents,
-        [model.token_embedding.weight],
-    )
+    prefix = model.embed_in_chunks(tokens[:, :-latents], places[:-latents])
     return model.logits(model.read(model.embed(tokens[:, -latents:], places[-latents:]), prefix, places))
 
 

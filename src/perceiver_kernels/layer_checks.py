@@ -80,16 +80,17 @@ def _check_prefix(layer: CrossAttention, latents: Tensor, prefix: Any) -> int:
     batch = latents.shape[0]
     if prefix.ndim != 3 or prefix.shape[0] != batch or prefix.shape[-1] != layer.dim:
         raise ValueError(f"prefix must be ({batch}, N - M, {layer.dim}), got {tuple(prefix.shape)}")
+    dtype = prefix.dtype
     if isinstance(prefix, np.ndarray):
         try:
-            torch.from_numpy(np.empty(0, prefix.dtype))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"prefix holds {prefix.dtype}, which torch has no dtype for") from error
+            dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        except (TypeError, ValueError) as error:  # objects, another byte order
+            raise TypeError(f"prefix must be of a dtype that torch has, too, got {dtype!r}") from error
     elif not layer.streamed:
         check_device("prefix", prefix, "latents", latents)
-        both = torch.promote_types(prefix.dtype, latents.dtype)
+        both = torch.promote_types(dtype, latents.dtype)
         if autocast_dtype(both, latents.device) != autocast_dtype(latents.dtype, latents.device):
-            raise TypeError(
-                f"prefix is {dtype_name(prefix.dtype)}, but latents is {dtype_name(latents.dtype)}"
-            )
-    return prefix.shape[1]
+            raise TypeError(f"prefix is {dtype_name(dtype)}, but latents is {dtype_name(latents.dtype)}")
+    if dtype.is_complex:
+        raise TypeError(f"prefix must hold real numbers, got {dtype_name(dtype)}")
+    return int(prefix.shape[1])

@@ -16,6 +16,7 @@ from perceiver_kernels.attention import autocast_dtype, perceiver_attention
 from perceiver_kernels.checks import check_bool, check_size
 from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.layer_checks import check_call
+from perceiver_kernels.recomputation import Snapshot
 from perceiver_kernels.rotary import LAYOUTS, RotaryLayout, apply_rotary, rotary_cos_sin
 from perceiver_kernels.rows import gather_rows, kept_indices, rows_at
 from perceiver_kernels.spec import needs_gradient
@@ -197,8 +198,9 @@ class CrossAttention(nn.Module):
         """
         if not isinstance(inputs, Tensor):
             with _apart(slices, latents.device):
+                own = latents if own is None else own
                 streamed: Tensor = self._attend_streamed(
-                    latents, inputs, latents if own is None else own, positions, rotary, key_mask, slices
+                    latents, inputs, own, per_position, positions, rotary, key_mask, slices
                 )
             return streamed
         num_latents = latents.shape[1] // per_position
@@ -240,6 +242,7 @@ class CrossAttention(nn.Module):
         latents: Tensor,
         prefix: Source,
         own: Tensor,
+        per_position: int,
         positions: Tensor | None,
         rotary: Rotary | None,
         key_mask: Tensor | None,
@@ -247,7 +250,6 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """:meth:`attend` over prefix and own inputs, chunk by chunk."""
         (batch, num_latents), device, kept = own.shape[:2], latents.device, None
-        per_position = latents.shape[1] // num_latents
         if slices is not None and positions is None:
             positions = slices.positions(num_latents, device)
         if self.training and self.prefix_dropout > 0.0:
@@ -267,16 +269,20 @@ class CrossAttention(nn.Module):
                 places = rows_at(positions.unsqueeze(-1), places).squeeze(-1)
             return self.rotary(places, latents.dtype)
 
-        norm = self.norm if self.kv_norm is None else self.kv_norm
+        modules = self.norm if self.kv_norm is None else self.kv_norm, self.k_proj, self.v_proj
+        norm, k_proj, v_proj = (Snapshot(module) for module in modules)
 
         def project(x: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
             context = norm(x.to(latents.dtype))
-            key = self._heads(self.k_proj(context), self.num_kv_heads, angles(begin, end))
-            return key, self._heads(self.v_proj(context), self.num_kv_heads, None)
+            key = self._heads(k_proj(context), self.num_kv_heads, angles(begin, end))
+            return key, self._heads(v_proj(context), self.num_kv_heads, None)
 
-        weights = [p for module in (norm, self.k_proj, self.v_proj) for p in module.parameters()]
+        weights = [*norm.tensors, *k_proj.tensors, *v_proj.tensors]
+        watched = [t for t in (positions, kept, *(rotary or ())) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in watched):
+            raise ValueError("positions and rotary must not require a gradient where the layer is streamed")
         sources = [prefix, Rows(own)] if slices is None or slices.is_last else [prefix]
-        stream = KeyStream(sources, project, weights, self.chunk_size)
+        stream = KeyStream(sources, project, weights, self.dim, watched, self.chunk_size)
         last = angles(total - num_latents, total)
         query = self._query_heads(self.q_proj(self.norm(latents)), per_position, last)
         call = stream_call(

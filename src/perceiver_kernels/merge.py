@@ -19,15 +19,16 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
     Args:
         outs: the parts' outputs, each (B, H, M, Dv).
-        lses: the parts' log-sum-exps, each (B, H, M) float32 or float64; -inf where a part saw no key, and a
-            row that saw none in any part gives out 0 and lse -inf with zero gradients.
+        lses: the parts' log-sum-exps, each (B, H, M) float32 or float64; -inf where a part saw no key,
+            whatever its out holds there. A row that saw none in any part gives out 0 and lse -inf with zero
+            gradients.
 
     Returns:
         ``(out, lse)``: (B, H, M, Dv) in the dtype of ``outs``, (B, H, M) in that of ``lses``.
 
     Raises:
         TypeError: the arguments are no sequences of floating-point tensors, or of mixed dtypes.
-        ValueError: no parts, unequal numbers of them, or shapes that don't belong together.
+        ValueError: no parts, unequal numbers of them, shapes that don't belong together, or several devices.
     """
     for name, parts_given in (("outs", outs), ("lses", lses)):
         if not isinstance(parts_given, Sequence):
@@ -42,7 +43,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     dead = total == 0.0
     total = total.masked_fill(dead, 1.0)
     shares = (weights / total).unsqueeze(-1)
-    out = (shares * torch.stack(outs)).sum(0)
+    stacked = torch.stack(outs).masked_fill_((parts == -torch.inf).unsqueeze(-1), 0.0)  # 0 * NaN is NaN
+    out = (shares * stacked).sum(0)
     lse = (peak + torch.log(total)).masked_fill(dead, -torch.inf)
     return out.to(outs[0].dtype), lse
 
@@ -81,12 +83,16 @@ def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
             check_dtype(f"{name}[{i}]", tensor)
+            if tensor.device != outs[0].device:
+                raise ValueError(f"{name}[{i}] is on {tensor.device}, but outs[0] is on {outs[0].device}")
             if tensor.dtype != tensors[0].dtype:
                 kinds = dtype_name(tensor.dtype), dtype_name(tensors[0].dtype)
                 raise TypeError(f"{name}[{i}] is {kinds[0]}, but {name}[0] is {kinds[1]}")
             if tensor.shape != tensors[0].shape:
                 shapes = tuple(tensor.shape), tuple(tensors[0].shape)
                 raise ValueError(f"{name}[{i}] has shape {shapes[0]}, but {name}[0] has {shapes[1]}")
+    if lses[0].dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lses must be float32 or float64, got {dtype_name(lses[0].dtype)}")
     if outs[0].shape[:-1] != lses[0].shape:
         raise ValueError(
             f"lses must have outs' shape without its last dimension, got {tuple(lses[0].shape)} "

@@ -1,7 +1,7 @@
 """Attention over inputs of any length in memory that does not grow with it.
 
-Normalised inputs, keys and values, and the gradients of all of these, are four to eight times as large as
-the inputs. Here they exist for one chunk at a time. Forward walks the inputs: norm, project, rotate, attend,
+Normalised inputs, keys and values, and the gradients of all of these, are up to six times as large as the
+inputs. Here they exist for one chunk at a time. Forward walks the inputs: norm, project, rotate, attend,
 merge by ``(out, lse)``, forget. Backward walks again, recomputes the chunk's keys and values, and
 differentiates the chunk from the merged ``(out, lse)``: its gradients are those of the whole call, exact. The
 price is the norm and the projections once more.
@@ -9,7 +9,6 @@ price is the norm and the projections once more.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,8 @@ from torch import Tensor
 from perceiver_kernels.autograd import attention, attention_backward
 from perceiver_kernels.dispatch import choose
 from perceiver_kernels.merge import RunningMerge
-from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, make_spec, needs_gradient
+from perceiver_kernels.recomputation import Ambient, Ends
+from perceiver_kernels.spec import AttentionSpec, accumulator_dtype, dtype_name, make_spec, needs_gradient
 
 if TYPE_CHECKING:  # a torch without torch.distributed has no such module
     from perceiver_kernels.distributed import Slices
@@ -41,9 +41,16 @@ class Recomputed:
         compute: ``compute(begin, end)`` gives the inputs at these positions, (B, end - begin, dim), on the
             layer's device, differentiably.
         length: number of positions.
-        parameters: all the tensors that require a gradient and that ``compute`` depends on.
+        parameters: all the tensors that require a gradient and that ``compute`` depends on; of other
+            tensors those that torch should watch for changes in place. One with tensor hooks must be a view,
+            ``parameter.view_as(parameter)``, both here and in ``compute``: its gradient comes in parts.
         at: ``at(indices)``, int64 (B, n), gives the inputs (B, n, dim) there: what prefix dropout keeps.
+
+    Raises:
+        TypeError, ValueError: for arguments that are something else.
     """
+
+    _call = "compute(begin, end)"  # in messages
 
     def __init__(
         self,
@@ -53,19 +60,40 @@ class Recomputed:
         *,
         at: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.compute, self.length, self.at = compute, length, at
-        self.parameters = tuple(parameters)
+        for name, function in (("compute", compute), ("at", compute if at is None else at)):
+            if not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if isinstance(length, bool) or not isinstance(length, (int, np.integer)):
+            raise TypeError(f"length must be an int, got {type(length).__name__}")
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
+        if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+            raise TypeError(f"parameters must be an iterable of tensors, got {type(parameters).__name__}")
+        self.compute, self.length, self.at = compute, int(length), at
+        self.parameters = tuple({id(p): p for p in parameters}.values())
+        for i, parameter in enumerate(self.parameters):
+            if not isinstance(parameter, Tensor):
+                raise TypeError(f"parameters[{i}] must be a torch.Tensor, got {type(parameter).__name__}")
 
-    def read(self, begin: int, end: int) -> Tensor:
-        """The inputs of one chunk."""
-        return self.compute(begin, end)
+    def read(self, begin: int, end: int, batch: int, dim: int) -> Tensor:
+        """The inputs of one chunk, of this shape and no other."""
+        x, shape = self.compute(begin, end), (batch, end - begin, dim)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self._call} must give a torch.Tensor, got {type(x).__name__}")
+        if x.shape != shape:
+            raise ValueError(f"{self._call} must give {shape} at {begin} to {end}, got {tuple(x.shape)}")
+        if x.is_complex():
+            raise TypeError(f"{self._call} must give real numbers, got {dtype_name(x.dtype)}")
+        return x
 
     def keep(self, indices: Tensor) -> Recomputed:
         """The inputs at ``indices`` (B, n) alone."""
         if self.at is None:
             raise ValueError("prefix dropout over Recomputed inputs needs them as a function of indices: at=")
         at = self.at
-        return Recomputed(lambda begin, end: at(indices[:, begin:end]), indices.shape[1], self.parameters)
+        kept = Recomputed(lambda begin, end: at(indices[:, begin:end]), indices.shape[1], self.parameters)
+        kept._call = "at(indices)"
+        return kept
 
 
 class Rows:
@@ -85,12 +113,16 @@ class Rows:
             chunk = self.rows[:, begin:end]
             return chunk.detach() if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
         indices = self.indices[:, begin:end].to(self.device)
+        shape = (*indices.shape, *self.rows.shape[2:])
         if isinstance(self.rows, Tensor):
-            pairs = zip(self.rows.detach(), indices, strict=True)
-            return torch.stack([example.index_select(0, kept) for example, kept in pairs])
-        return torch.from_numpy(
-            np.stack([x[kept] for x, kept in zip(self.rows, indices.numpy(), strict=True)])
-        )
+            chosen = self.rows.new_empty(shape)
+            for example, kept, out in zip(self.rows.detach(), indices, chosen, strict=True):
+                torch.index_select(example, 0, kept, out=out)
+            return chosen
+        array = np.empty(shape, self.rows.dtype)
+        for rows, kept, into in zip(self.rows, indices.numpy(), array, strict=True):
+            into[...] = rows[kept]
+        return torch.from_numpy(array)
 
     def keep(self, indices: Tensor) -> Rows:
         """The inputs at ``indices`` (B, n) alone."""
@@ -122,13 +154,18 @@ class KeyStream:
         sources: the inputs, one source after the other.
         project: ``project(x, begin, end)`` turns inputs (B, n, dim), which stand at ``begin`` to ``end - 1``
             among all, into keys (B, Hkv, n, D) and values (B, Hkv, n, Dv).
-        weights: the tensors that ``project`` depends on and that may require a gradient.
+        weights: the tensors that ``project`` depends on and that may require a gradient; tensor hooks are
+            refused, since each chunk would run them: views have none, see :class:`Snapshot`.
+        dim: channels of the inputs.
+        watched: other tensors that ``project`` reads: torch notices if they change before the backward.
         chunk_size: positions of each example at a time.
     """
 
     sources: Sequence[Source]
     project: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
     weights: Sequence[Tensor]
+    dim: int
+    watched: Sequence[Tensor] = ()
     chunk_size: int = CHUNK_SIZE
 
     @property
@@ -141,23 +178,32 @@ class KeyStream:
         """Number of inputs."""
         return sum(source.length for source in self.sources)
 
-    def forward(self, query: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
-        """``(out, lse)`` of the query (B, H, M, D) over all keys, without a graph."""
-        merge = RunningMerge()
+    def forward(
+        self, query: Tensor, spec: AttentionSpec, backend: str, constant: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` of the query (B, H, M, D) over all keys, without a graph.
 
-        def attend(begin: int, end: int, read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        ``constant``: gradients are wanted, and nothing declared requires one, so nothing else may.
+        """
+        merge, allowed = RunningMerge(), Ends([])
+
+        def attend(source: Source, begin: int, end: int, read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
             """One chunk; what it made is gone when this returns."""
-            key, value = (t.to(query.dtype) for t in self.project(read(), begin, end))
+            with torch.set_grad_enabled(constant):
+                x = read()
+                key, value = (t.to(query.dtype) for t in self.project(x, begin, end))
+            if constant:
+                allowed.check(x, isinstance(source, Recomputed), (key, value))
             return attention(query, key, value, spec.over_keys(begin, end), backend)
 
         with torch.no_grad():
-            for _, begin, end, at, read in self._walk(query.device):
-                merge.add(*attend(at + begin, at + end, read))
+            for source, begin, end, at, read in self._walk(query):
+                merge.add(*attend(source, at + begin, at + end, read))
         return merge.result()
 
     def keys(self, query: Tensor) -> Iterator[tuple[int, Tensor]]:
         """First index and keys (B, Hkv, n, D) of every chunk, in the query's dtype, without a graph."""
-        for _, begin, end, at, read in self._walk(query.device):
+        for _, begin, end, at, read in self._walk(query):
             with torch.no_grad():
                 yield at + begin, self.project(read(), at + begin, at + end)[0].to(query.dtype)
 
@@ -177,20 +223,20 @@ class KeyStream:
         """
         row_sources = self._row_sources()
         into = {s: s.empty_gradient() for s, want in zip(row_sources, wanted, strict=False) if want}
-        rest = zip(self._parameters(), wanted[len(row_sources) :], strict=True)
+        declared = self._parameters()
+        rest = zip(declared, wanted[len(row_sources) :], strict=True)
         parameters = [parameter for parameter, want in rest if want]
+        _refuse_hooks(parameters)
+        allowed = Ends(declared)
         dq, *sums = (torch.zeros_like(t, dtype=accumulator_dtype(t)) for t in (query, *parameters))
 
         def differentiate(source: Source, begin: int, end: int, at: int, read: Callable[[], Tensor]) -> None:
             """One chunk; what it made is gone when this returns."""
             with torch.enable_grad():
                 x = read()
-                leaves = parameters
-                if source in into:
-                    leaves = [*parameters, x.requires_grad_()]
-                elif isinstance(source, Recomputed) and begin == 0:
-                    _check_leaves(x, source.parameters)
+                leaves = [*parameters, x.requires_grad_()] if source in into else parameters
                 key, value = (t.to(query.dtype) for t in self.project(x, at + begin, at + end))
+            allowed.check(x, isinstance(source, Recomputed), (key, value))
             part = spec.over_keys(at + begin, at + end)
             dq_part, dk, dv = attention_backward(
                 dout, dlse, query, key.detach(), value.detach(), residuals, part, backend
@@ -207,7 +253,7 @@ class KeyStream:
             if isinstance(source, Rows) and source in into:
                 source.write(into[source], begin, end, gradients[-1])
 
-        for chunk in self._walk(query.device):
+        for chunk in self._walk(query):
             differentiate(*chunk)
         totals = [total.to(p.dtype) for total, p in zip(sums, parameters, strict=True)]
         return dq.to(query.dtype), [*into.values(), *totals]
@@ -219,7 +265,7 @@ class KeyStream:
         recomputed = [p for s in self.sources if isinstance(s, Recomputed) for p in s.parameters]
         return list({id(p): p for p in (*self.weights, *recomputed)}.values())
 
-    def _walk(self, device: torch.device) -> Iterator[tuple[Source, int, int, int, Callable[[], Tensor]]]:
+    def _walk(self, query: Tensor) -> Iterator[tuple[Source, int, int, int, Callable[[], Tensor]]]:
         """All chunks in order: source, begin and end in it, where it begins among all, how to read.
 
         Rows in CPU memory are copied to a GPU while that works on the chunk before.
@@ -231,7 +277,7 @@ class KeyStream:
                 jobs.append((source, begin, min(begin + self.chunk_size, source.length), at))
             at += source.length
         jobs = jobs or [(self.sources[-1], 0, 0, 0)]  # no inputs at all
-        start = _Reader(device)
+        start = _Reader(query.device, len(query), self.dim)
         reads = (start(*job[:3]) for job in jobs)
         ahead = next(reads)
         for job in jobs:
@@ -242,13 +288,15 @@ class KeyStream:
 class _Reader:
     """Gets chunks onto a device; onto a GPU from page-locked memory and by a stream of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, batch: int, dim: int) -> None:
+        self.device, self.batch, self.dim = device, batch, dim
         self.stream: Any = torch.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, source: Source, begin: int, end: int) -> Callable[[], Tensor]:
         """Start to read, where that is another device's work; the result delivers the chunk."""
-        if self.stream is None or isinstance(source, Recomputed) or source.device == self.device:
+        if isinstance(source, Recomputed):
+            return lambda: source.read(begin, end, self.batch, self.dim).to(self.device)
+        if self.stream is None or source.device == self.device:
             return lambda: source.read(begin, end).to(self.device)
         stream, rows = self.stream, source.read(begin, end)
         with torch.cuda.stream(stream):
@@ -263,33 +311,6 @@ class _Reader:
         return finish
 
 
-class _Ambient:
-    """Autocast and the random generators as they were in the forward, so that the backward repeats it."""
-
-    def __init__(self, device: torch.device) -> None:
-        kind = device.type
-        self.device = device
-        self.autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else None
-        self.cpu_state = torch.get_rng_state()
-        self.cuda_state = torch.cuda.get_rng_state(device) if kind == "cuda" else None
-
-    def casts(self) -> Any:
-        """Autocast, but its cache: weights cast here, without a graph, are not for what comes later."""
-        if not self.autocast:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=False)
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Both as they were."""
-        with torch.random.fork_rng([] if self.cuda_state is None else [self.device]), self.casts():
-            torch.set_rng_state(self.cpu_state)
-            if self.cuda_state is not None:
-                torch.cuda.set_rng_state(self.cuda_state, self.device)
-            yield
-
-
 class _StreamedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -298,16 +319,20 @@ class _StreamedAttention(torch.autograd.Function):
         spec: AttentionSpec,
         backend: str,
         slices: Slices | None,
+        differentiable: bool,
         query: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.call, ctx.slices, ctx.ambient = (stream, spec, backend), slices, _Ambient(query.device)
+        ctx.call, ctx.slices, ctx.ambient = (stream, spec, backend), slices, Ambient(query.device)
         with ctx.ambient.casts():
-            out, lse = stream.forward(query, spec, backend)
+            constant = differentiable and not any(ctx.needs_input_grad)
+            out, lse = stream.forward(query, spec, backend, constant)
         if slices is not None:
             out, lse = slices.merge(out, lse)
             ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(query, out, lse, *tensors)  # tensors: torch then notices if one is overwritten
+        # All that the backward reads again: torch then notices if one is overwritten.
+        masks = [option for option in spec.options() if isinstance(option, Tensor)]
+        ctx.save_for_backward(query, out, lse, *tensors, *stream.watched, *masks)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -319,11 +344,15 @@ class _StreamedAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         if ctx.slices is not None:
             (dout,) = ctx.slices.sum([dout])
-        (stream, *call), wanted = ctx.call, ctx.needs_input_grad[5:]
+        (stream, *call), wanted = ctx.call, ctx.needs_input_grad[6:]
         with ctx.ambient.again():
             dq, gradients = stream.backward(dout, dlse, query, (out, lse), *call, wanted)
         found = iter(gradients)
-        return None, None, None, None, dq, *(next(found) if want else None for want in wanted)
+        return None, None, None, None, None, dq, *(next(found) if want else None for want in wanted)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("streamed attention: forward-mode differentiation is not supported")
 
 
 def streamed_attention(
@@ -335,9 +364,11 @@ def streamed_attention(
     :attr:`~KeyStream.tensors`. The walk is in order: the same bits from run to run; another ``chunk_size`` is
     another rounding. With ``slices`` the stream is this rank's part of all keys, and lse has no gradient.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("streamed attention: torch.func's transforms are not supported")
     apply: Any = _StreamedAttention.apply
     spec = spec if slices is None else slices.part_of(spec, query.shape[2])
-    out, lse = apply(stream, spec, backend, slices, query, *stream.tensors)
+    out, lse = apply(stream, spec, backend, slices, torch.is_grad_enabled(), query, *stream.tensors)
     return out, lse
 
 
@@ -357,20 +388,11 @@ def stream_call(
     return spec, choose(backend, query, key, value, spec, needs_gradient([query, *stream.tensors]))
 
 
-def _check_leaves(x: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Refuse a graph with a leaf that nobody declared: its gradient would be lost in silence."""
-    declared = {id(parameter) for parameter in parameters}
-    seen: set[Any] = {parameter.grad_fn for parameter in parameters} | {None}
-    todo: list[Any] = [x.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in declared:
-            raise ValueError(
-                f"compute depends on a tensor {tuple(leaf.shape)} that requires a gradient: "
-                "it must be among the parameters of Recomputed"
+def _refuse_hooks(parameters: Iterable[Tensor]) -> None:
+    """What would run on each chunk's gradient. Views of a layer's own weights have none."""
+    for parameter in parameters:
+        if parameter._backward_hooks or parameter.retains_grad:
+            raise NotImplementedError(
+                f"a parameter {tuple(parameter.shape)} of Recomputed has hooks or retains its gradient, "
+                "which comes in parts: declare, and compute from, parameter.view_as(parameter)"
             )
-        todo += [function for function, _ in node.next_functions]

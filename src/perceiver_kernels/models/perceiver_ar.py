@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from perceiver_kernels.models.checkpoint import check_state, read_model, write_m
 from perceiver_kernels.models.config import PerceiverARConfig
 from perceiver_kernels.models.loss import next_token_loss, random_crop
 from perceiver_kernels.models.positions import fourier, initial_table, sinusoids, table_rows
+from perceiver_kernels.recomputation import Snapshot
 from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
 from perceiver_kernels.scoring import score
 from perceiver_kernels.streaming import Recomputed, Source
@@ -47,6 +48,25 @@ class Block(nn.Module):
         latents = latents + self.dropout(self.attention.attend(latents, inputs, **options))
         latents = latents + self.dropout(self.feed_forward(latents))
         return latents
+
+
+class _LookUp(Snapshot):
+    """An embedding as it is now, for one chunk after the other."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__(table)
+        if table.max_norm is not None or table.scale_grad_by_freq:
+            raise NotImplementedError("streamed: max_norm and scale_grad_by_freq are not supported")
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        hooked = any(getattr(table, kind) for kind in kinds)
+        self.plain = type(table) is nn.Embedding and table.padding_idx is None and not hooked
+        self.rows = table.num_embeddings
+
+    def __call__(self, indices: Tensor) -> Any:
+        """A long table's gradient is sparse, or every chunk would make one of the table's size."""
+        if self.plain and self.rows > indices.numel():
+            return F.embedding(indices, self.tensors[0], sparse=True)
+        return super().__call__(indices)
 
 
 class PerceiverAR(nn.Module):
@@ -192,7 +212,7 @@ class PerceiverAR(nn.Module):
         inputs: Tensor | Source
         if self.config.streamed:
             own = self.embed(tokens[:, prefix:], places[..., prefix:])
-            inputs = self._stream(tokens[:, :prefix], places[..., :prefix])
+            inputs = self.embed_in_chunks(tokens[:, :prefix], places[..., :prefix])
         else:
             inputs = self.embed(tokens, places)
             own = inputs[:, prefix:]
@@ -230,46 +250,49 @@ class PerceiverAR(nn.Module):
         extras = {"label_smoothing": config.label_smoothing, "z_loss": config.z_loss} if self.training else {}
         return next_token_loss(logits, tokens[:, -num_latents:], counted, **extras)
 
-    def embed(self, tokens: Tensor, positions: Tensor, *, in_chunks: bool = False) -> Tensor:
-        """Tokens (B, n) at absolute positions (n,) or (B, n) to (B, n, dim).
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, n) at absolute positions (n,) or (B, n) to (B, n, dim)."""
+        return self._embed(tokens, positions, self.token_embedding, self.position_embedding, self.dropout)
 
-        ``in_chunks``: gradients of long tables are sparse, or every chunk would make one of the table's size.
-        """
+    def embed_in_chunks(self, tokens: Tensor, positions: Tensor) -> Recomputed:
+        """What :meth:`embed` gives, each chunk when it is wanted: a prefix for streamed layers."""
+        table, dropout = _LookUp(self.token_embedding), Snapshot(self.dropout)
+        position_table = None if self.position_embedding is None else _LookUp(self.position_embedding)
 
-        def look_up(table: nn.Embedding, indices: Tensor) -> Any:
-            if in_chunks and table.num_embeddings > indices.numel():
-                return F.embedding(indices, table.weight, sparse=True)
-            return table(indices)
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            return self._embed(tokens, positions, table, position_table, dropout)
 
-        x: Tensor = look_up(self.token_embedding, tokens)
+        return Recomputed(
+            lambda begin, end: embed(tokens[:, begin:end], positions[..., begin:end]),
+            tokens.shape[1],
+            [*table.tensors, *(position_table.tensors if position_table else []), tokens, positions],
+            at=lambda kept: embed(tokens.gather(1, kept), positions.expand_as(tokens).gather(1, kept)),
+        )
+
+    def _embed(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        table: Callable[[Tensor], Tensor],
+        position_table: Callable[[Tensor], Tensor] | None,
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        x = table(tokens)
         shape, dim = self.config.index_shape, self.config.dim
-        if self.position_embedding is not None:
+        if position_table is not None:
             for rows in table_rows(positions, shape):
-                x = x + look_up(self.position_embedding, rows)
+                x = x + position_table(rows)
         elif self.config.positions == "sinusoidal":
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             base = self.config.position_base
             x = x + sinusoids(positions, shape, dim, base=base, dtype=wide).to(x.dtype)
         elif self.config.positions == "fourier":
             x = x + fourier(positions, shape, dim).to(x.dtype)
-        x = self.dropout(x)
-        return x
+        return dropout(x)
 
     def _places(self, positions: Tensor) -> Tensor:
         """Absolute positions of inputs at positions (n,) or (B, n), of which the last is the last of all."""
         return positions if self.config.position_origin == "first" else positions[..., -1:] - positions
-
-    def _stream(self, tokens: Tensor, positions: Tensor) -> Recomputed:
-        """The embedded tokens (B, n), each chunk when it is wanted."""
-        tables = (self.token_embedding, self.position_embedding)
-        return Recomputed(
-            lambda begin, end: self.embed(tokens[:, begin:end], positions[..., begin:end], in_chunks=True),
-            tokens.shape[1],
-            [table.weight for table in tables if table is not None],
-            at=lambda kept: self.embed(
-                tokens.gather(1, kept), positions.expand_as(tokens).gather(1, kept), in_chunks=True
-            ),
-        )
 
     def read(
         self,
@@ -419,7 +442,7 @@ class PerceiverAR(nn.Module):
         inputs: Tensor | Source
         places = self._places(positions)
         if self.config.streamed:
-            inputs = self._stream(tokens[:, :own], places[..., :own])
+            inputs = self.embed_in_chunks(tokens[:, :own], places[..., :own])
         else:
             with prefix.randomness("embeddings", device):
                 inputs = self.embed(tokens[:, :own], places[..., :own])

@@ -317,7 +317,7 @@ def test_computed_inputs_of_another_shape(give: Any, error: type[Exception], mes
         ((None, 9), TypeError, "compute must be callable, got NoneType"),
         ((F.relu, 9.0), TypeError, "length must be an int, got float"),
         ((F.relu, True), TypeError, "length must be an int, got bool"),
-        ((F.relu, -1), ValueError, "length must not be negative, got -1"),
+        ((F.relu, -1), ValueError, "length must be at least 0, got -1"),
         ((F.relu, 9, TABLE), TypeError, "parameters must be an iterable of tensors, got Tensor"),
         ((F.relu, 9, None), TypeError, "parameters must be an iterable of tensors, got NoneType"),
         ((F.relu, 9, [TABLE, 3]), TypeError, r"parameters\[1\] must be a torch.Tensor, got int"),

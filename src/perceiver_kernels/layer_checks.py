@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.attention import autocast_dtype
-from perceiver_kernels.checks import check_device, check_size, check_tensor
+from perceiver_kernels.checks import check_device, check_tensor
 from perceiver_kernels.spec import check_dtype, dtype_name
 from perceiver_kernels.streaming import Recomputed
 
@@ -74,7 +74,7 @@ def _check_prefix(layer: CrossAttention, latents: Tensor, prefix: Any) -> int:
     if isinstance(prefix, Recomputed):
         if layer.training and layer.prefix_dropout > 0.0:
             prefix.keep(latents.new_empty(0, 0))  # refuses where there is no way to
-        return check_size("prefix's length", prefix.length, 0)
+        return prefix.length
     if not isinstance(prefix, (Tensor, np.ndarray)):
         raise TypeError(f"prefix must be a tensor, a numpy array or Recomputed, got {kind}")
     batch = latents.shape[0]

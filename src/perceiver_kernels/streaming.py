@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.autograd import attention, attention_backward
+from perceiver_kernels.checks import check_size, check_tensor
 from perceiver_kernels.dispatch import choose
 from perceiver_kernels.merge import RunningMerge
 from perceiver_kernels.recomputation import Ambient, Ends
@@ -63,17 +64,12 @@ class Recomputed:
         for name, function in (("compute", compute), ("at", compute if at is None else at)):
             if not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-        if isinstance(length, bool) or not isinstance(length, (int, np.integer)):
-            raise TypeError(f"length must be an int, got {type(length).__name__}")
-        if length < 0:
-            raise ValueError(f"length must not be negative, got {length}")
         if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
             raise TypeError(f"parameters must be an iterable of tensors, got {type(parameters).__name__}")
-        self.compute, self.length, self.at = compute, int(length), at
+        self.compute, self.length, self.at = compute, check_size("length", length, 0), at
         self.parameters = tuple({id(p): p for p in parameters}.values())
         for i, parameter in enumerate(self.parameters):
-            if not isinstance(parameter, Tensor):
-                raise TypeError(f"parameters[{i}] must be a torch.Tensor, got {type(parameter).__name__}")
+            check_tensor(f"parameters[{i}]", parameter)
 
     def read(self, begin: int, end: int, batch: int, dim: int) -> Tensor:
         """The inputs of one chunk, of this shape and no other."""

@@ -131,7 +131,9 @@ def test_gradients_beyond_the_shared_memory_are_refused(monkeypatch: pytest.Monk
     for keys, values in (([trained, key], [trained.detach(), key]), ([key, key[:, :, :8]], [key, trained])):
         with pytest.raises(ValueError, match=r"cuda: .* shared memory"):
             pk.perceiver_attention(query, keys, values, backend="cuda")
-    stream = KeyStream([Rows(key[:, 0])], lambda x, begin, end: (x[:, None], x[:, None]), [trained])
+    stream = KeyStream(
+        [Rows(key[:, 0])], lambda x, begin, end: (x[:, None], x[:, None]), [trained], dim=key.shape[-1]
+    )
     options = {"kv_heads": 1, "value_dim": 128, "backend": "cuda", "dropout_p": 0.0}
     options |= dict.fromkeys(("key_mask", "scale", "softcap"))
     with pytest.raises(ValueError, match=r"cuda: .* shared memory"):

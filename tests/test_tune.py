@@ -88,7 +88,9 @@ def test_a_stream_has_a_backward_where_its_weights_have(trained: bool) -> None:
     query, key, value = tensors()
     remember("sdpa", query, key, value)
     weight = torch.ones((), requires_grad=trained)
-    stream = KeyStream([Rows(key[0])], lambda x, begin, end: (x * weight, x * weight), [weight])
+    stream = KeyStream(
+        [Rows(key[0])], lambda x, begin, end: (x * weight, x * weight), [weight], dim=key.shape[-1]
+    )
     options = OPTIONS | {"kv_heads": 4, "value_dim": 32, "dropout_p": 0.0, "backend": None}
     assert (stream_call(query, stream, **options)[1] == "sdpa") == (not trained)
 

@@ -135,6 +135,12 @@ const BackwardKernel* backward_kernel_of(DType dtype, int64_t dim, bool has_scor
 
 }  // namespace
 
+Failure count_devices(int* count) {
+  const cudaError_t status = cudaGetDeviceCount(count);
+  cudaGetLastError();
+  return status == cudaSuccess ? nullptr : failure("%s", cudaGetErrorString(status));
+}
+
 Failure find_device(Device* device) {
   int index = 0;
   cudaError_t status = cudaGetDevice(&index);

@@ -50,6 +50,9 @@ struct Workspace {
   float* slabs;  // (runs, all row tiles, slab_floats)
 };
 
+// How many GPUs there are. Fails where there is none, or no driver.
+Failure count_devices(int* count);
+
 // The current one. Fails where the kernels can't run: no driver, one that is too old, or no code for this
 // GPU.
 Failure find_device(Device* device);

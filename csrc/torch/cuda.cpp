@@ -71,6 +71,9 @@ class OnDevice {
 };
 
 std::vector<int64_t> device(int64_t index) {
+  int count = 0;
+  check_launch(pk::cuda::count_devices(&count));
+  check(index < count, "there is no such GPU");
   const OnDevice here(index);
   pk::cuda::Device found;
   check_launch(pk::cuda::find_device(&found));

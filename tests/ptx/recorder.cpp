@@ -77,7 +77,10 @@ cudaError_t cudaGetDevice(int* device) {
   *device = -1;  // as CPU tensors have it
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int) { return cudaErrorInvalidDevice; }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInsufficientDriver ? "the driver is too old" : "no reason";

@@ -139,7 +139,7 @@ def test_the_command_trains_a_little_evaluates_and_goes_on(
     rows = result["rows"]
     assert [row["latent"] for row in rows] == [*range(127, 132), *range(188, 193), *range(250, 255)]
     assert all(row["latent"] + row["source"] == 254 for row in rows)
-    for wrong in (["--positions", "1000"], ["--latents", "0"]):
+    for wrong in (["--positions", "1000"], ["--latents", "0"], ["--cooldown", "0"]):
         monkeypatch.setattr(sys, "argv", [*line, *wrong])
         with pytest.raises(SystemExit):
             copy_task.main()

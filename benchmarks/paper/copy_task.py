@@ -274,6 +274,13 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=Recipe.positions, help="a power of 2 (%(default)s)")
     parser.add_argument("--latents", type=int, help="default: 1024, at most a quarter of the positions")
     parser.add_argument("--depth", type=int, default=Recipe.depth, help="self-attention layers (%(default)s)")
+    parser.add_argument(
+        "--cooldown",
+        type=int,
+        default=Recipe.cooldown,
+        metavar="STEPS",
+        help="last, at full length (%(default)s)",
+    )
     parser.add_argument("--minutes", type=float, default=40.0, help="longest training (%(default)s)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints (%(default)s)")
     parser.add_argument("--sequences", type=int, default=4, help="held-out sequences (%(default)s)")
@@ -289,10 +296,18 @@ def main() -> None:
     latents = min(Recipe.latents, args.positions // 4) if args.latents is None else args.latents
     if not 1 <= latents <= args.positions // 2:
         parser.error(f"--latents must be from 1 to half the positions, got {latents}")
+    if args.cooldown < 1:
+        parser.error(f"--cooldown must be at least 1, got {args.cooldown}")
     if args.threads:
         torch.set_num_threads(args.threads)
     charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show at once
-    recipe = Recipe(positions=args.positions, latents=latents, depth=args.depth, streamed=args.streamed)
+    recipe = Recipe(
+        positions=args.positions,
+        latents=latents,
+        depth=args.depth,
+        streamed=args.streamed,
+        cooldown=args.cooldown,
+    )
     name = args.output / f"copy-task-{args.positions}"
     path = name.with_suffix(".pt")
     command = shlex.join(["python", "-m", "benchmarks.paper.copy_task", *sys.argv[1:]])

@@ -97,7 +97,8 @@ def prepared(ptx: str) -> str:
 
     Parameters are loaded by name instead of by registers that hold their addresses; bit fields are inserted
     by ands and shifts. Asynchronous copies read all of their 16 bytes: how many it are depends on votes, and
-    they write 16 anyway.
+    they write 16 anyway. An addition to memory is a load, an addition and a store: without races between
+    those, no number has two threads that add to it.
     """
     places: dict[str, tuple[str, int]] = {}  # register: parameter, offset
     for target, parameter in re.findall(r"mov\.[bu]64 +\t?(%rd\d+), (\w+_param_\d+);", ptx):
@@ -121,7 +122,13 @@ def prepared(ptx: str) -> str:
 
     ptx = re.sub(r"(ld\.param\.[^\[]*)\[(%rd\d+)(?:\+(-?\d+))?\]", by_name, ptx)
     ptx = re.sub(r"bfi\.b(32|64)\s+(%\w+), (%\w+), (%\w+), (\d+), (\d+);", inserted, ptx)
+    ptx = re.sub(
+        r"red\.global\.add\.f32 (\[[^\]]+\]), (%f\d+);",
+        r"ld.global.f32 %there, \1; add.f32 %there, %there, \2; st.global.f32 \1, %there;",
+        ptx,
+    )
     registers = "".join(f"\t.reg .b{bits} %moved{bits}, %other{bits};\n" for bits in (32, 64))
+    registers += "\t.reg .f32 %there;\n"
     ptx = re.sub(r"\n\{\n", f"\n{{\n{registers}", ptx, count=1)
     return re.sub(r"(cp\.async\.\S+ \[%r\d+\], \[%rd\d+\], 16), %r\d+;", r"\1, 16;", ptx)
 

@@ -213,7 +213,7 @@ def test_windows_grow_to_the_full_length_and_tell_their_edges(monkeypatch: pytes
     assert rates == pytest.approx([1, 1, 2 / 3, 1 / 3])  # patience ends with the second step
     training.settled, training.cooling = 0, 1
     oracle.lengths.clear()
-    training.recipe = Recipe(**{**vars(TINY), "cooldown": 100, "whole": 99})
+    training.recipe = Recipe(**{**vars(TINY), "cooldown": 100, "whole": 100})
     for _ in range(50):
         training.step()
     assert max(oracle.lengths) > 200  # and then all of it

@@ -140,7 +140,7 @@ class Training(Resumable):
         window = torch.cat((half, half.flip(1)), dim=1)
         first = middle - self.reach
         stop = end - first  # in the window
-        sees_all = self.cooling >= recipe.cooldown - recipe.whole
+        sees_all = self.cooling > recipe.cooldown - recipe.whole
         places = torch.arange(stop) if sees_all else self.sample(stop, latents)
         logits = predict(self.model, window[:, places], first + places, latents)
         targets = window[:, stop - latents + 1 : stop + 1]

@@ -23,7 +23,8 @@ BackwardKernel compiled() {
 // the loop without masks, 8 warps on a processor.
 template <class Element, bool kHasScore>
 const BackwardKernel kKernels[] = {
-    compiled<BackwardTile<Element, 32, 128, 2, 4, 1, 32, 4, true>, kHasScore>(),
+    compiled<BackwardTile<Element, 32, kHasScore ? 64 : 128, 2, 4, 1, 32, kHasScore ? 2 : 4, true>,
+             kHasScore>(),
     compiled<BackwardTile<Element, 64, 64, 2, 4, 1, 32, 2, false>, kHasScore>(),
     compiled<BackwardTile<Element, 96, 64, 1, 8, 1, 32, 4, true>, kHasScore>(),
     compiled<BackwardTile<Element, 128, 64, 2, 4, 2, kHasScore ? 32 : 64, 2, false>, kHasScore>(),

@@ -41,6 +41,7 @@ KNOWN_SPILLS = {
     ("attention_forward", 128, "score"): 13,
     ("attention_backward", 64, ""): 5,
     ("attention_backward", 64, "score"): 54,
+    ("attention_backward", 96, "score"): 1,
     ("attention_backward", 128, ""): 17,
     ("attention_backward", 128, "score"): 31,
     ("attention_backward", 192, ""): 4,

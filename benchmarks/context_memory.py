@@ -230,7 +230,8 @@ def report_memory(result: Result, plot: Path | None) -> None:
             axis.set_xticks(ticks, [f"{n:,}" for n in ticks], size=8)
             axis.set_title(title, size=9, loc="left")
             axis.set_xlabel("N, positions of context", size=8)
-        memory.legend(frameon=False, fontsize=8)
+        handles, names = memory.get_legend_handles_labels()
+        (took or [memory])[0].legend(handles, names, frameon=False, fontsize=8)  # where there is room
         charts.save(figure, plot, caption(result))
 
 

@@ -39,7 +39,6 @@ TINY = Recipe(
     first_reach=16,
     goal=0.0,
     cooldown=3,
-    whole=3,
     sampled=64,
 )
 
@@ -140,7 +139,7 @@ def test_the_command_trains_a_little_evaluates_and_goes_on(
     rows = result["rows"]
     assert [row["latent"] for row in rows] == [*range(127, 132), *range(188, 193), *range(250, 255)]
     assert all(row["latent"] + row["source"] == 254 for row in rows)
-    for wrong in (["--positions", "1000"], ["--latents", "0"], ["--whole", "-1"]):
+    for wrong in (["--positions", "1000"], ["--latents", "0"], ["--cooldown", "0"]):
         monkeypatch.setattr(sys, "argv", [*line, *wrong])
         with pytest.raises(SystemExit):
             copy_task.main()
@@ -213,7 +212,7 @@ def test_windows_grow_to_the_full_length_and_tell_their_edges(monkeypatch: pytes
     assert rates == pytest.approx([1, 1, 2 / 3, 1 / 3])  # patience ends with the second step
     training.settled, training.cooling = 0, 1
     oracle.lengths.clear()
-    training.recipe = Recipe(**{**vars(TINY), "cooldown": 100, "whole": 100})
+    training.recipe = Recipe(**{**vars(TINY), "cooldown": 100})
     for _ in range(50):
         training.step()
     assert max(oracle.lengths) > 200  # and then all of it

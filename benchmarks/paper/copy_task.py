@@ -7,10 +7,10 @@
 Straight training on so long a context stays on the floor: at first each key gets 1/N of the gradient. So the
 context grows. Positions are the absolute sinusoids of the full length from the start, training sees a window
 around the mirror point, and the window doubles whenever accuracy passes 99 % (which position to copy from,
-j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. Once
-accuracy has settled at full length, the learning rate falls to 0. Until the last 500 steps of that, a step
-sees no more than 16,384 positions of a longer prefix: the run that is copied, its neighbours, which are the
-hard ones to tell apart, and others at random. The last steps see all of them.
+j = N - 1 - p, is the same in every window). Latents are drawn anywhere in the window's second half. Until
+accuracy has settled at full length, a step sees no more than 16,384 positions of a longer prefix: the run
+that is copied, its neighbours, which are the hard ones to tell apart, and others at random. The cooldown, in
+which the learning rate falls to 0, sees all of them.
 
 The final evaluation is at full length with nothing left out: every token of the second half of sequences
 never seen, each from all that stands before it. (With --evaluate-minutes, as many runs of latents as there
@@ -60,11 +60,10 @@ class Recipe:
     step_latents: int = 1024  # predictions of a training step, over all its examples
     first_reach: int = 64  # half the first window
     passed: float = 0.99  # smoothed accuracy at which the window doubles
-    goal: float = 0.998  # and at which, at full length, the learning rate starts to fall
-    patience: int = 3000  # or after so many steps there
-    cooldown: int = 2000  # steps in which it falls to 0
-    whole: int = 500  # of these, the last, in which a step sees the whole prefix
-    sampled: int = 16_384  # positions of the prefix that one sees before, at most
+    goal: float = 0.999  # and at which, at full length, the learning rate starts to fall
+    patience: int = 4000  # or after so many steps there
+    cooldown: int = 500  # steps in which it falls to 0
+    sampled: int = 16_384  # positions of the prefix that a step before the cooldown sees, at most
     warmup: int = 20
     streamed: bool = False
 
@@ -140,8 +139,7 @@ class Training(Resumable):
         window = torch.cat((half, half.flip(1)), dim=1)
         first = middle - self.reach
         stop = end - first  # in the window
-        sees_all = self.cooling > recipe.cooldown - recipe.whole
-        places = torch.arange(stop) if sees_all else self.sample(stop, latents)
+        places = torch.arange(stop) if self.cooling else self.sample(stop, latents)
         logits = predict(self.model, window[:, places], first + places, latents)
         targets = window[:, stop - latents + 1 : stop + 1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -277,11 +275,11 @@ def main() -> None:
     parser.add_argument("--latents", type=int, help="default: 1024, at most a quarter of the positions")
     parser.add_argument("--depth", type=int, default=Recipe.depth, help="self-attention layers (%(default)s)")
     parser.add_argument(
-        "--whole",
+        "--cooldown",
         type=int,
-        default=Recipe.whole,
+        default=Recipe.cooldown,
         metavar="STEPS",
-        help="last steps, which see all positions (%(default)s)",
+        help="last, at full length (%(default)s)",
     )
     parser.add_argument("--minutes", type=float, default=40.0, help="longest training (%(default)s)")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="between checkpoints (%(default)s)")
@@ -298,8 +296,8 @@ def main() -> None:
     latents = min(Recipe.latents, args.positions // 4) if args.latents is None else args.latents
     if not 1 <= latents <= args.positions // 2:
         parser.error(f"--latents must be from 1 to half the positions, got {latents}")
-    if not 0 <= args.whole <= Recipe.cooldown:
-        parser.error(f"--whole must be from 0 to {Recipe.cooldown}, got {args.whole}")
+    if args.cooldown < 1:
+        parser.error(f"--cooldown must be at least 1, got {args.cooldown}")
     if args.threads:
         torch.set_num_threads(args.threads)
     charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show at once
@@ -308,7 +306,7 @@ def main() -> None:
         latents=latents,
         depth=args.depth,
         streamed=args.streamed,
-        whole=args.whole,
+        cooldown=args.cooldown,
     )
     name = args.output / f"copy-task-{args.positions}"
     path = name.with_suffix(".pt")

@@ -28,7 +28,7 @@ def canvas(columns: int, rows: int, size: tuple[float, float]) -> tuple[Figure, 
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CommandError("plots need matplotlib: pip install 'perceiver-kernels\\[demo]'") from error
+        raise CommandError("plots need matplotlib: pip install 'perceiver-kernels[demo]'") from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()

@@ -26,7 +26,6 @@ from perceiver_kernels.data.modality import token_row
 from perceiver_kernels.inspection import CHUNK_SIZE, Attended, inspect_model
 from perceiver_kernels.models import PerceiverAR
 
-SUMMARY = "what the latents of your own model attend to, as a table and a picture"
 SNIPPET = 24  # bytes of text shown around a position
 
 
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
         out.print(table(f"{name}: {len(tokens):,} positions, {latents:,} latents", result["layers"][name]))
         show_last(seen, tokens, is_text)
     charts.inspection_chart(layers, len(tokens), args.plot, caption(result))
-    out.print(f"The picture is {args.plot}", soft_wrap=True)
+    out.print(f"The picture is {escape(str(args.plot))}", soft_wrap=True)
     return 0
 
 
@@ -77,7 +76,7 @@ def load_model(path: Path) -> PerceiverAR:
         model = PerceiverAR.load(path)
     except Exception as error:  # what a file can be instead has no common base
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"{path} is no model that PerceiverAR.save wrote: {escape(problem)}") from error
+        raise CommandError(f"{path} is no model that PerceiverAR.save wrote: {problem}") from error
     model.config = dataclasses.replace(model.config, streamed=True)
     return model
 
@@ -89,7 +88,7 @@ def load_tokens(path: Path, vocab_size: int) -> Tensor:
             return token_row(Bytes().encode(path.read_bytes()), vocab_size)
         return token_row(torch.from_numpy(np.asarray(np.load(path, allow_pickle=False))), vocab_size)
     except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"{path} can't be read as tokens: {escape(str(error))}") from error
+        raise CommandError(f"{path} can't be read as tokens: {error}") from error
 
 
 def facts(seen: Attended, head: int) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def test_doctor_without_the_library(
 ) -> None:
     monkeypatch.setattr(doctor, "missing", "it was installed without")
     monkeypatch.setattr(doctor.machine, "build", dict)
+    monkeypatch.setattr(doctor, "OPTIONAL", {"abacus": "sums"})
     monkeypatch.setattr(
         pk, "available_backends", lambda device: {"cpu": "it was installed without", "sdpa": None}
     )
@@ -101,6 +102,7 @@ def test_doctor_without_the_library(
     assert code == 0
     assert "it was installed without" in out
     assert "Install a C++17 compiler" in out
+    assert "abacus is missing, needed for sums: pip install 'perceiver-kernels[demo]'." in out
     monkeypatch.setattr(pk, "available_backends", lambda device: {"cpu": "no", "sdpa": "no"})
     assert run(capsys, "doctor")[0] == 1
 

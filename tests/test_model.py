@@ -523,3 +523,5 @@ def test_ids_outside_the_vocabulary_are_named(wrong, streamed):
     size = CONFIG.vocab_size
     with pytest.raises(ValueError, match=rf"from 0 to {size - 1} \(vocab_size {size}\), got {wrong}"):
         build(streamed=streamed)(tokens)
+    with pytest.raises(ValueError, match=f"prompt must be .* got {wrong}"):
+        build(streamed=streamed).generate(tokens, 1)

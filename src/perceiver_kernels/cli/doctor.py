@@ -59,7 +59,7 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
         )
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         found.append(
-            "triton is missing, which the GPU kernels need: pip install 'perceiver-kernels[triton]'."
+            "triton is missing, needed for the GPU kernels: pip install 'perceiver-kernels[triton]'."
         )
     for module, purpose in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:

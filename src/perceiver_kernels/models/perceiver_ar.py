@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from perceiver_kernels.checks import check_device, check_int, check_tensor
+from perceiver_kernels.checks import check_device, check_ids, check_int, check_tensor
 from perceiver_kernels.generation import generate
 from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
@@ -458,26 +458,12 @@ class PerceiverAR(nn.Module):
             check_int("num_latents", num_latents)
         return tokens.shape[1]
 
-    def _check_range(self, tokens: Tensor) -> None:
-        """Refuse ids outside the vocabulary, on a CPU alone: the calls of a GPU would have to wait."""
-        readable = type(tokens) is Tensor and tokens.device.type == "cpu" and tokens.numel() > 0
-        if not readable or torch.compiler.is_compiling():
-            return
-        size = self.config.vocab_size
-        low, high = (int(each) for each in tokens.aminmax())
-        if low < 0 or high >= size:
-            outside = low if low < 0 else high
-            raise ValueError(f"tokens must be from 0 to {size - 1} (vocab_size {size}), got {outside}")
-
     def check_tokens(self, tokens: Tensor, pad_mask: Tensor | None) -> None:
         """Refuse what is not a batch of tokens."""
         check_tensor("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            hint = "" if tokens.is_floating_point() else ": pass tokens.long()"
-            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}{hint}")
-        self._check_range(tokens)
+        check_ids("tokens", tokens, self.config.vocab_size)
         if pad_mask is not None:
             check_tensor("pad_mask", pad_mask)
             if pad_mask.dtype != torch.bool:

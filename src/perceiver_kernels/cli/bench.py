@@ -123,7 +123,8 @@ def chosen_names(args: argparse.Namespace) -> list[str]:
     backends = pk.available_backends(gpu.checked_device(args.device))
     usable = [name for name, reason in backends.items() if reason is None]
     if args.quick:
-        return [name for name in usable if name not in ("sdpa", "reference")] + ["torch-sdpa"]
+        ours = [name for name in usable if name not in ("sdpa", "reference")] or usable
+        return [*ours, "torch-sdpa"]
     return usable + [name for name in PEERS if args.device != "cpu" or name not in GPU_PEERS]
 
 

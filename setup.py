@@ -14,6 +14,7 @@ tests; CI=1 makes compiler warnings errors.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -107,12 +108,16 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja", *flags])
 
     def has_other_compiler(self, nvcc: str | None) -> bool:
-        """Whether the folder was configured with another nvcc."""
+        """Whether the folder was configured with another nvcc, or another C++ compiler than CXX names."""
         cache = self.folder / "CMakeCache.txt"
-        if nvcc is None or not cache.exists():
+        if not cache.exists():
             return False
-        known = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.MULTILINE)
-        return known is not None and known[1] != shutil.which(nvcc)
+        cxx, *_flags = shlex.split(os.environ.get("CXX", "")) or [None]
+        for variable, wanted in (("CMAKE_CUDA_COMPILER", nvcc), ("CMAKE_CXX_COMPILER", cxx)):
+            known = re.search(rf"^{variable}:\w+=(.+)$", cache.read_text(), re.MULTILINE)
+            if wanted is not None and known is not None and known[1] != shutil.which(wanted):
+                return True
+        return False
 
     def build(self, target: str) -> None:
         subprocess.check_call(["cmake", "--build", str(self.folder), "--target", target])

@@ -69,10 +69,22 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in out for command in ("doctor", "verify", "bench", "demo", "inspect"))
 
 
+def test_help_imports_no_subcommand() -> None:
+    code = """
+import contextlib, sys
+from perceiver_kernels.cli import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+assert not {"torch._dynamo", "perceiver_kernels.cli.bench", "perceiver_kernels.layers"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "doctor", "--json", str(tmp_path / "new" / "d.json"))
     assert code == 0
     assert "reference" in out
+    assert sum("gpu" in line.split("│")[1] for line in out.splitlines() if line.count("│") == 3) == 1
     result = load(tmp_path / "new" / "d.json")
     assert result["backends"]["cpu"] == pk.available_backends("cpu")
 
@@ -82,6 +94,7 @@ def test_doctor_without_the_library(
 ) -> None:
     monkeypatch.setattr(doctor, "missing", "it was installed without")
     monkeypatch.setattr(doctor.machine, "build", dict)
+    monkeypatch.setattr(doctor, "OPTIONAL", {"abacus": "sums"})
     monkeypatch.setattr(
         pk, "available_backends", lambda device: {"cpu": "it was installed without", "sdpa": None}
     )
@@ -89,6 +102,7 @@ def test_doctor_without_the_library(
     assert code == 0
     assert "it was installed without" in out
     assert "Install a C++17 compiler" in out
+    assert "abacus is missing, needed for sums: pip install 'perceiver-kernels[demo]'." in out
     monkeypatch.setattr(pk, "available_backends", lambda device: {"cpu": "no", "sdpa": "no"})
     assert run(capsys, "doctor")[0] == 1
 
@@ -155,6 +169,34 @@ def test_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_quick_gives_way_to_other_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    code, _, err = run(capsys, "bench", "--quick", *TINY, "--dtype", "bfloat16", "--json", str(path))
+    assert code == 0
+    rows = load(path)["rows"]
+    problems = {(row["case"], row["dtype"], row["pass"]) for row in rows}
+    assert problems == {("train*", "bfloat16", "fwd"), ("decode*", "bfloat16", "fwd")}
+    names = {row["candidate"] for row in rows}
+    assert "torch-sdpa" in names
+    assert not names & {"sdpa", "reference", "torch-eager", "torch-flex"}
+    assert all(row["rounds"] == 2 and row["peak_extra_bytes"] is None for row in rows)
+    assert err.splitlines() == ["1 of 2 done: train* bfloat16 fwd", "2 of 2 done: decode* bfloat16 fwd"]
+
+
+def test_bench_prints_each_table_when_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure_problem(problem: bench.Problem, names: list[str], result: report.Result, **_: Any) -> None:
+        printed.append(capsys.readouterr().out)
+        result["rows"] = [*result["rows"], {**problem.head, "candidate": "cpu", "skipped": "no time"}]
+
+    printed: list[str] = []
+    monkeypatch.setattr(bench, "measure_problem", measure_problem)
+    run(capsys, "bench", *TINY, "--dtype", "float32")
+    assert printed[0] == ""
+    assert "float32, fwd" in printed[1]
+
+
 def test_bench_leaves_out_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +232,9 @@ def test_bench_leaves_out_what_is_wrong(
         (("bench", "--heads", "4", "--kv-heads", "3"), "--kv-heads 3 does not divide --heads 4"),
         (("bench", "--backends", "abacus"), "unknown backend 'abacus'"),
         (("bench", "--json", "/dev/null/b.json"), "--json can't write /dev/null/b.json"),
-        (("verify", "--backends", "abacus"), "backend 'abacus' can't run here"),
+        (("bench", "--json", "/nowhere/[b].json"), "--json can't write /nowhere/[b].json"),
+        (("verify", "--backends", "abacus"), "unknown backend 'abacus'"),
+        (("verify", "--backends", "cuda"), "not on cpu; use --device cuda"),
         (("verify", "--case", "nowhere"), "invalid choice: 'nowhere'"),
         (("demo", "--minutes", "1", "--steps", "1"), "not allowed with argument"),
         (("demo", "--minutes", "-1"), "--minutes must be greater than 0"),
@@ -211,7 +255,20 @@ def test_missing_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "plots need matplotlib: pip install 'perceiver-kernels[demo]'" in err
 
 
-def interrupt(arguments: list[str], ready: Any, timeout: float = 60.0) -> tuple[int, str]:
+def test_a_claim_makes_one_folder_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("a.json"), Path("new/a.json"), tmp_path / "other" / "a.json"):
+        report.claim("--json", path)
+        assert path.exists()
+    for path in (Path("/nowhere/a.json"), Path("two/levels/a.json")):
+        with pytest.raises(report.CommandError, match="--json can't write"):
+            report.claim("--json", path)
+        assert not path.parent.exists()
+
+
+def interrupt(
+    arguments: list[str], ready: Any, timeout: float = 60.0, sent: int = signal.SIGINT
+) -> tuple[int, str]:
     """Start the command, press Ctrl-C once `ready()`, return exit code and stderr."""
     process = subprocess.Popen(
         [*COMMAND, *arguments],
@@ -224,14 +281,15 @@ def interrupt(arguments: list[str], ready: Any, timeout: float = 60.0) -> tuple[
     while not ready() and process.poll() is None and time.monotonic() - begin < timeout:
         time.sleep(0.2)
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=timeout)
     return process.returncode, err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-def test_interrupted_bench_keeps_what_it_has(tmp_path: Path) -> None:
-    path = tmp_path / "b.json"
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_bench_keeps_what_it_has(tmp_path: Path, sent: int) -> None:
+    path, page = tmp_path / "[b].json", tmp_path / "b.html"
     arguments = [
         "bench",
         *TINY,
@@ -243,7 +301,7 @@ def test_interrupted_bench_keeps_what_it_has(tmp_path: Path) -> None:
         "--dtype",
         "float32",
     ]
-    arguments += ["--backends", "reference", "--json", str(path)]
+    arguments += ["--backends", "reference", "--json", str(path), "--report", str(page)]
     begin: list[float] = []
 
     def ready() -> bool:  # --json claims its file at the start; some seconds later rounds are under way
@@ -251,9 +309,10 @@ def test_interrupted_bench_keeps_what_it_has(tmp_path: Path) -> None:
             begin.append(time.monotonic())
         return bool(begin) and time.monotonic() - begin[0] > 4
 
-    code, err = interrupt(arguments, ready)
+    code, err = interrupt(arguments, ready, sent=sent)
     assert code == 130
-    assert "interrupted; what was measured is in" in err
+    assert f"interrupted; what was measured is in {path}" in err
+    assert "The run was interrupted" in page.read_text(encoding="utf-8")
     assert "Traceback" not in err
     result = load(path)
     assert result["interrupted"] is True

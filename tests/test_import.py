@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
+
+import pytest
 
 import perceiver_kernels as pk
 
@@ -112,3 +116,23 @@ print(time.process_time() - begin)
 """
     )
     assert float(output) < 0.15  # seconds of processor time: other programs don't count
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "install"),
+    [
+        ("transformers", "transformers", "pip install 'perceiver-kernels[transformers]'"),
+        ("transformers_perceiver", "transformers", "pip install 'perceiver-kernels[transformers]'"),
+        ("perceiver_ar_pytorch", "perceiver_ar_pytorch", "pip install 'perceiver-kernels[demo]'"),
+        ("perceiver_io", "perceiver", "pip install perceiver-io; on Python 3.11 and later, "),
+    ],
+)
+def test_an_integration_names_what_to_install(
+    module: str, package: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package or name == f"perceiver_kernels.integrations.{module}":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"\b{package}\b.*: {re.escape(install)}"):
+        importlib.import_module(f"perceiver_kernels.integrations.{module}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.cpu_only("the command works there")
+def test_the_command_without_matplotlib(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    model, plot = tmp_path / "model.safetensors", tmp_path / "a.png"
+    PerceiverAR(CONFIG).save(model)
+    np.save(tmp_path / "tokens.npy", np.arange(10))
+    code, out, err = inspect(capsys, model, tmp_path / "tokens.npy", "--plot", plot)
+    assert code == 0
+    assert "spread over (median)" in out
+    assert "There is no picture: plots need matplotlib: pip install 'perceiver-kernels[demo]'" in err
+    assert not plot.exists()
+
+
+@pytest.mark.cpu_only("the command works there")
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     model, plot = tmp_path / "model.safetensors", ["--plot", tmp_path / "a.png"]
     PerceiverAR(CONFIG).save(model)
     for name, value in (("floats", np.zeros(3)), ("table", np.zeros((2, 2), int)), ("big", np.full(3, 11))):
@@ -250,12 +265,15 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         "table.npy": "tokens must be (n,), got (2, 2)",
         "big.npy": "tokens must be from 0 to 10, got 11",
         "broken.npy": "broken.npy can't be read as tokens",
-        "missing.npy": "No such file or directory",
+        "missing.npy": "missing.npy: no such file",
         "empty.txt": "empty.txt holds no tokens",
     }.items():
         code, _, err = inspect(capsys, model, tmp_path / name, *plot)
         assert code == 2
         assert problem in err
+    code, _, err = inspect(capsys, tmp_path / "nope.safetensors", tmp_path / "big.npy", *plot)
+    assert code == 2
+    assert "nope.safetensors: no such file" in err
     data = model.read_bytes()
     for damaged in (b"", data[:-10], data[:100], b"{}"):
         model.write_bytes(damaged)

@@ -488,7 +488,12 @@ def test_bad_configuration(changes, error, message):
     ("arguments", "error", "message"),
     [
         ((torch.zeros(4, dtype=torch.int64),), ValueError, r"tokens must be \(B, N\), got \(4,\)"),
-        ((torch.zeros(1, 4),), TypeError, "tokens must be int64 or int32, got torch.float32"),
+        ((torch.zeros(1, 4),), TypeError, "tokens must be int64 or int32, got torch.float32$"),
+        (
+            (torch.zeros(1, 4, dtype=torch.uint8),),
+            TypeError,
+            r"tokens must be int64 or int32, got torch.uint8: pass tokens.long\(\)",
+        ),
         ((draw(1, 65),), ValueError, "tokens must have from 1 to max_seq_len 64 positions, got 65"),
         ((draw(1, 0),), ValueError, "tokens must have from 1 to max_seq_len 64 positions, got 0"),
         ((draw(1, 5), 6), ValueError, "num_latents must be from 1 to the 5 positions of the input, got 6"),
@@ -507,3 +512,16 @@ def test_bad_configuration(changes, error, message):
 def test_bad_calls(arguments, error, message):
     with pytest.raises(error, match=message):
         build()(*arguments)
+
+
+@pytest.mark.cpu_only("reading tokens of a GPU would wait for it")
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("wrong", [-1, CONFIG.vocab_size])
+def test_ids_outside_the_vocabulary_are_named(wrong, streamed):
+    tokens = draw(1, 5)
+    tokens[0, 2] = wrong
+    size = CONFIG.vocab_size
+    with pytest.raises(ValueError, match=rf"from 0 to {size - 1} \(vocab_size {size}\), got {wrong}"):
+        build(streamed=streamed)(tokens)
+    with pytest.raises(ValueError, match=f"prompt must be .* got {wrong}"):
+        build(streamed=streamed).generate(tokens, 1)

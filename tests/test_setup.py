@@ -1,4 +1,4 @@
-"""Which CUDA compiler setup.py takes, and what becomes of a build folder that another one made."""
+"""Which compilers setup.py takes, and what becomes of a build folder that others made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py defines."""
-    for variable in ("CUDACXX", "CUDA_HOME"):
+    for variable in ("CUDACXX", "CUDA_HOME", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     return runpy.run_path(str(ROOT / "setup.py"))
@@ -67,3 +67,19 @@ def test_another_nvcc_keeps_the_options(
         cache = (tmp_path / "cmake" / "CMakeCache.txt").read_text()
         for option, value in options.items():
             assert re.search(rf"^{option}:\w+={re.escape(value)}$", cache, re.MULTILINE), option
+
+
+def test_another_cxx_starts_over(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = script["CMakeBuild"](setuptools.Distribution())
+    build.folder = tmp_path
+    old, new = compiler(tmp_path / "old"), compiler(tmp_path / "new")
+    monkeypatch.setenv("CXX", new)
+    assert not build.has_other_compiler(None)  # nothing was configured yet
+    (tmp_path / "CMakeCache.txt").write_text(f"CMAKE_CXX_COMPILER:FILEPATH={old}\n")
+    assert build.has_other_compiler(None)
+    monkeypatch.setenv("CXX", f"{old} -pipe")
+    assert not build.has_other_compiler(None)
+    monkeypatch.delenv("CXX")
+    assert not build.has_other_compiler(None)

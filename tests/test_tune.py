@@ -46,11 +46,12 @@ def remember(backend: str, *inputs: torch.Tensor, backward: bool = False) -> Non
     tuned.remember(tuned.processor(DEVICE), [tuned.kind(*inputs, backward, backend)])
 
 
-def test_the_command_remembers_what_was_fastest(tmp_path: Path) -> None:
+def test_the_command_remembers_what_was_fastest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["tune", *SHAPE, "--dtype", "float32", "--device", DEVICE.type, "--json", str(tmp_path / "t")]
     assert main(arguments) == 0
     result = json.loads((tmp_path / "t").read_text())
     found = {each["pass"]: each["backend"] for each in result["choices"]}
+    assert re.search(rf"fwd: {found['fwd']} \S+ \S+ \(backend \w+: \S+ \S+", capfd.readouterr().out)
     assert set(found) == {"fwd", "fwdbwd"}
     for direction, backend in found.items():
         times = {

@@ -47,3 +47,21 @@ def check_device(name: str, tensor: Tensor, beside: str, other: Tensor) -> None:
     """Raise ``ValueError`` unless both are on one device."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, but {beside} is on {other.device}")
+
+
+def check_ids(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Raise ``TypeError`` unless they are int64 or int32, ``ValueError`` for one outside the vocabulary.
+
+    The latter on a CPU alone: a GPU's ids can't be read without waiting for it.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32):
+        hint = "" if tokens.is_floating_point() else f": pass {name}.long()"
+        raise TypeError(f"{name} must be int64 or int32, got {tokens.dtype}{hint}")
+    readable = type(tokens) is Tensor and tokens.device.type == "cpu" and tokens.numel() > 0
+    if readable and not torch.compiler.is_compiling():
+        low, high = (int(each) for each in tokens.aminmax())
+        if low < 0 or high >= vocab_size:
+            got = low if low < 0 else high
+            raise ValueError(
+                f"{name} must be from 0 to {vocab_size - 1} (vocab_size {vocab_size}), got {got}"
+            )

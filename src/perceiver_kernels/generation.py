@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from perceiver_kernels.checks import check_ids
 from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.rotary import positions_from_padding, right_aligned_positions
 
@@ -249,8 +250,7 @@ def _check_prompt(
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     if prompt.dim() != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt must be (B, n) with n at least 1, got {tuple(prompt.shape)}")
-    if prompt.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"prompt must be int64 or int32, got {prompt.dtype}")
+    check_ids("prompt", prompt, model.config.vocab_size)
     batch, length = prompt.shape
     if length + max_new_tokens > model.config.max_seq_len:
         raise ValueError(

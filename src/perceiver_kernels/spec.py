@@ -346,7 +346,10 @@ def _check_tensors(query: Any, key: Any, value: Any, packed: bool, at: str = "")
             raise ValueError(f"{name} must have at least 1 head, got shape {tuple(tensor.shape)}")
     heads, kv_heads = query.shape[head_dim], key.shape[head_dim]
     if heads % kv_heads != 0:
-        raise ValueError(f"{key_name} has {kv_heads} heads, which does not divide query's {heads}")
+        raise ValueError(
+            f"{key_name} has {kv_heads} heads, which does not divide query's {heads}: "
+            f"expected {shapes['query']} and {shapes[key_name]}"
+        )
     if value.shape[head_dim] != kv_heads:
         raise ValueError(f"{value_name} has {value.shape[head_dim]} heads, but {key_name} has {kv_heads}")
     if value.shape[length_dim] != key.shape[length_dim]:

@@ -20,23 +20,30 @@ import perceiver_kernels as pk
 from perceiver_kernels.cli import charts, gpu, measure, page
 from perceiver_kernels.cli.machine import caption
 from perceiver_kernels.cli.measure import DTYPES, PASSES, Candidate
-from perceiver_kernels.cli.report import CommandError, Result, claim, progress
+from perceiver_kernels.cli.report import CommandError, Result, claim, err, progress
 from perceiver_kernels.cli.tables import print_tables
 from perceiver_kernels.testing.cases import BENCH_CASES, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 from perceiver_kernels.testing.peers import GPU_PEERS, PEERS
 
-SUMMARY = "microbenchmarks against eager, SDPA and FlexAttention"
 SHAPE_FLAGS = {
-    "batch": "B",
-    "heads": "H",
-    "kv_heads": "Hkv",
-    "queries": "M",
-    "keys": "N",
-    "dim": "D",
-    "value_dim": "Dv",
+    "batch": ("B", "examples"),
+    "heads": ("H", "query heads"),
+    "kv_heads": ("Hkv", "key and value heads, a divisor of H"),
+    "queries": ("M", "queries (the last M positions)"),
+    "keys": ("N", "keys (all N positions)"),
+    "dim": ("D", "head dim of queries and keys"),
+    "value_dim": ("Dv", "head dim of values"),
 }
 PRESETS = {case.name: case for case in BENCH_CASES}
+# What flags that are not given stand for.
+DEFAULTS: dict[str, Any] = {
+    "case": ["train"],
+    "dtype": ["float32", "bfloat16"],
+    "passes": list(PASSES),
+    "repeat": 11,
+}
+QUICK: dict[str, Any] = {"case": ["train", "decode"], "dtype": ["float32"], "passes": ["fwd"], "repeat": 5}
 
 
 def positive(text: str) -> int:
@@ -55,29 +62,25 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--case", nargs="+", choices=PRESETS, metavar="NAME", help="one or more of: " + ", ".join(PRESETS)
     )
-    for flag, letter in SHAPE_FLAGS.items():
-        shape.add_argument(
-            "--" + flag.replace("_", "-"), type=positive, metavar=letter, help=f"{letter} of the contract"
-        )
+    for flag, (letter, meaning) in SHAPE_FLAGS.items():
+        shape.add_argument("--" + flag.replace("_", "-"), type=positive, metavar=letter, help=meaning)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The shape, what to run, and how long."""
     add_shape_arguments(parser)
     parser.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=DTYPES,
-        default=["float32", "bfloat16"],
-        help="default: float32 bfloat16",
+        "--quick",
+        action="store_true",
+        help="unless other flags say otherwise: train and decode in float32, forward, this package's kernels "
+        "and torch-sdpa, 5 rounds, no memory (half a minute on 2 cores)",
     )
-    parser.add_argument(
-        "--pass", dest="passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: both"
-    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 bfloat16")
+    parser.add_argument("--pass", dest="passes", nargs="+", choices=PASSES, help="default: both")
     parser.add_argument(
         "--backends", nargs="+", metavar="NAME", help="backends and peers; default: all that can run here"
     )
-    parser.add_argument("--repeat", type=positive, default=11, help="interleaved rounds (default 11)")
+    parser.add_argument("--repeat", type=positive, help="interleaved rounds (default 11)")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="start no new round after this long (default 60)"
     )
@@ -95,9 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
     """The named cases with the shape flags applied. CommandError for heads that don't divide."""
     given = {
-        letter: getattr(args, flag) for flag, letter in SHAPE_FLAGS.items() if getattr(args, flag) is not None
+        letter: getattr(args, flag)
+        for flag, (letter, _) in SHAPE_FLAGS.items()
+        if getattr(args, flag) is not None
     }
-    cases = [PRESETS[name] for name in args.case or [BENCH_CASES[0].name]]
+    cases = [PRESETS[name] for name in args.case or DEFAULTS["case"]]
     if not given:
         return cases
     if "D" in given:
@@ -113,16 +118,14 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 def chosen_names(args: argparse.Namespace) -> list[str]:
     """Backends and peers to run. CommandError for a name that is unknown or can't run here."""
+    if args.backends is not None:
+        return gpu.checked_backends(args.backends, args.device, PEERS)
     backends = pk.available_backends(gpu.checked_device(args.device))
-    if args.backends is None:
-        peers = [name for name in PEERS if args.device != "cpu" or name not in GPU_PEERS]
-        return [name for name, reason in backends.items() if reason is None] + peers
-    for name in args.backends:
-        if name not in PEERS and name not in backends:
-            raise CommandError(f"unknown backend {name!r}: choose from {', '.join([*backends, *PEERS])}")
-        if backends.get(name) is not None:
-            raise CommandError(f"backend {name!r} can't run here: {backends[name]}")
-    return list(dict.fromkeys(args.backends))
+    usable = [name for name, reason in backends.items() if reason is None]
+    if args.quick:
+        ours = [name for name in usable if name not in ("sdpa", "reference")] or usable
+        return [*ours, "torch-sdpa"]
+    return usable + [name for name in PEERS if args.device != "cpu" or name not in GPU_PEERS]
 
 
 def shape_text(case: Case) -> str:
@@ -251,6 +254,9 @@ def weigh(problem: Problem, candidate: Candidate) -> int | None:
 
 def run(args: argparse.Namespace, result: Result) -> int:
     """Measure every chosen problem. Returns 1 if a backend was left out for its errors, else 0."""
+    for flag, value in (QUICK if args.quick else DEFAULTS).items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
     if args.threads:
         torch.set_num_threads(args.threads)
     cases, names = chosen_cases(args), chosen_names(args)
@@ -268,7 +274,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
         result,
         repeat=args.repeat,
         limit=args.seconds,
-        weighed=not args.no_memory,
+        weighed=not (args.no_memory or args.quick),
         plot=args.plot,
         report=args.report,
         device=args.device,
@@ -289,11 +295,19 @@ def measure_all(
     """Measure each (case, dtype, pass) into `result`; print, draw, report: what there is, if interrupted."""
     result["rows"] = []
     try:
-        for case, dtype, direction in problems:
-            measure_problem(Problem(case, dtype, direction, device), names, result, **options)
+        for number, (case, dtype, direction) in enumerate(problems, start=1):
+            done = len(result["rows"])
+            try:
+                measure_problem(Problem(case, dtype, direction, device), names, result, **options)
+            finally:
+                print_tables(result["rows"][done:])
+            if not err.is_terminal:  # a log shows no progress bar
+                err.print(f"{number} of {len(problems)} done: {case.name} {dtype} {direction}")
+    except KeyboardInterrupt:
+        result["interrupted"] = True  # for the page to say
+        raise
     finally:
-        print_tables(result["rows"])
         if plot and result["rows"]:
             charts.bench_chart(result["rows"], plot, caption(result))
-        if report and result["rows"]:
+        if report:
             page.write(result, report)

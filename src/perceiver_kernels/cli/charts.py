@@ -22,13 +22,23 @@ HEADS = (OURS, "#d6604d", "#5aae61", "#8c6bb1", "#dd8452", "#67a9cf", "#333333",
 KINDS = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
 
+def missing() -> str | None:
+    """None where there is matplotlib to draw with, else what to install."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return "plots need matplotlib: pip install 'perceiver-kernels[demo]'"
+    return None
+
+
 def canvas(columns: int, rows: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """A figure of rows x columns axes that needs no display. CommandError where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CommandError("plots need matplotlib: pip install 'perceiver-kernels\\[demo]'") from error
+    reason = missing()
+    if reason is not None:
+        raise CommandError(reason)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
@@ -28,7 +29,6 @@ from perceiver_kernels.cli.machine import caption
 from perceiver_kernels.cli.report import CommandError, Result, mib, out, progress, write_json
 from perceiver_kernels.cli.train import HeldOut, Recipe, Training, continuation
 
-SUMMARY = "verify, bench, train on real text, swap into another model (6 minutes on 2 cores)"
 PARTS = ("verify", "bench", "train", "swap")
 PEERS_SHOWN = [
     "torch-sdpa"
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, result: Result) -> int:
             codes.append(RUNNERS[part](args, result[part]))
     finally:
         write_json(args.output / "demo.json", result)
-        out.print(f"Results, charts and weights are in {args.output}/")
+        out.print(f"Results, charts and weights are in {escape(str(args.output))}/")
     return max(codes)
 
 
@@ -121,7 +121,7 @@ def run_train(args: argparse.Namespace, result: Result) -> int:
         f"files; {parameters:,} parameters, {recipe.context:,} bytes of context, {recipe.latents:,} latents"
     )
     if points:
-        out.print(f"Going on after step {points[-1]['step']}, from {path}")
+        out.print(f"Going on after step {points[-1]['step']}, from {escape(str(path))}")
     result |= {
         "recipe": asdict(recipe),
         "parameters": parameters,
@@ -172,7 +172,7 @@ def run_train(args: argparse.Namespace, result: Result) -> int:
 def run_swap(args: argparse.Namespace, result: Result) -> int:
     """perceiver-ar-pytorch as published and with the op: logits, one training step's time and memory."""
     if importlib.util.find_spec("perceiver_ar_pytorch") is None:
-        raise CommandError("the swap needs perceiver-ar-pytorch: pip install 'perceiver-kernels\\[demo]'")
+        raise CommandError("the swap needs perceiver-ar-pytorch: pip install 'perceiver-kernels[demo]'")
     shape = {**swap.SHAPE, "positions": args.swap_positions}
     shape["latents"] = min(shape["latents"], args.swap_positions // 2)
     common = {"shape": shape, "threads": torch.get_num_threads()}

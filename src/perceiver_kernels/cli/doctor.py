@@ -16,7 +16,6 @@ from perceiver_kernels._library import missing
 from perceiver_kernels.cli import gpu, machine
 from perceiver_kernels.cli.report import Result, out
 
-SUMMARY = "machine, instruction set, torch, and which backends are usable"
 OPTIONAL = {"matplotlib": "plots", "perceiver_ar_pytorch": "the swap-in part of the demo"}
 
 
@@ -60,13 +59,11 @@ def advice(build: dict[str, Any], backends: dict[str, dict[str, str | None]]) ->
         )
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         found.append(
-            "triton is missing, which the GPU kernels need: pip install 'perceiver-kernels[triton]'."
+            "triton is missing, needed for the GPU kernels: pip install 'perceiver-kernels[triton]'."
         )
     for module, purpose in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
-            found.append(
-                f"{module} is missing, which {purpose} need(s): pip install 'perceiver-kernels[demo]'."
-            )
+            found.append(f"{module} is missing, needed for {purpose}: pip install 'perceiver-kernels[demo]'.")
     if all(reason is not None for reasons in backends.values() for reason in reasons.values()):
         found.append("No backend can run here: reinstall torch 2.10 or newer.")
     return found
@@ -82,7 +79,8 @@ def run(args: argparse.Namespace, result: Result) -> int:
 
     facts = Table(title="Machine", show_header=False, title_justify="left")
     for name, value in result["machine"].items():
-        facts.add_row(name, escape(fact(value)))
+        if name != "gpus" or len(value) > 1:  # a single one has a row of its own
+            facts.add_row(name, escape(fact(value)))
     facts.add_row("package", f"perceiver_kernels {result['version']}, commit {result['commit'] or 'unknown'}")
     for name, value in build.items():
         facts.add_row(f"library: {name}", escape(fact(value)))

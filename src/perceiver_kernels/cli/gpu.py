@@ -8,16 +8,18 @@ import gc
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import perceiver_kernels as pk
 from perceiver_kernels.cli.report import CommandError
 
 DEVICES = ("cpu", "cuda")
+GPU_BACKENDS = ("cuda", "triton")
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 PAUSE_CYCLES = 2_000_000  # about a millisecond, in which the CPU launches what is timed next
 MATMUL = 8192  # rows, columns and depth of the product that a dtype's rate is measured with
@@ -43,6 +45,18 @@ def checked_device(name: str) -> str:
     if reason is not None:
         raise CommandError(f"--device {name}: {reason}")
     return name
+
+
+def checked_backends(names: Collection[str], device: str, peers: Collection[str] = ()) -> list[str]:
+    """`names`, each once. CommandError for one that is no backend or peer, or that can't run on `device`."""
+    backends = pk.available_backends(checked_device(device))
+    for name in names:
+        if name not in backends and name not in peers:
+            raise CommandError(f"unknown backend {name!r}: choose from {', '.join([*backends, *peers])}")
+        if backends.get(name) is not None:
+            advice = "; use --device cuda" if device == "cpu" and name in GPU_BACKENDS else ""
+            raise CommandError(f"backend {name!r} can't run here: {backends[name]}{advice}")
+    return list(dict.fromkeys(names))
 
 
 def driver() -> str | None:

@@ -14,12 +14,10 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.markup import escape
@@ -33,9 +31,6 @@ from perceiver_kernels.cli.steps import Step, run_step
 from perceiver_kernels.testing.cases import BENCH_CASES
 from perceiver_kernels.testing.peers import GPU_PEERS
 
-SUMMARY = (
-    "everything a machine with a GPU can tell: tests, sanitizer, benchmarks against torch and flash-attn"
-)
 PARTS = ("doctor", "tests", "sanitizer", "bench")
 NO_GPU = 2
 TORCHS_OWN = ("sdpa", "reference")  # backends that are no kernels of this package
@@ -78,7 +73,6 @@ def run(args: argparse.Namespace, result: Result) -> int:
     path = args.output / "gpu-check.json"
     found = inventory(args.device)
     result |= {"device": args.device, "inventory": found, "steps": [], "rows": [], "verdict": "interrupted"}
-    before = signal.signal(signal.SIGTERM, terminated)
     try:
         print_inventory(found)
         if not all(item["found"] for item in found if item["needed"]):
@@ -98,18 +92,11 @@ def run(args: argparse.Namespace, result: Result) -> int:
         result["verdict"] = "failed" if bad else "passed"
         return int(bad)
     finally:
-        signal.signal(signal.SIGTERM, before)
         write_json(path, result)  # first of all: drawing can break
         draw(result, args.output / "gpu-check.png")
         write_json(path, result)
         print_summary(result)
-        out.print(f"Verdict: {result['verdict']}. All of it is in {path}", soft_wrap=True)
-
-
-def terminated(number: int, frame: FrameType | None) -> None:
-    """A polite end, by `timeout` say, is Ctrl-C: the running step is told, and what was measured is kept."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
-    raise KeyboardInterrupt
+        out.print(f"Verdict: {result['verdict']}. All of it is in {escape(str(path))}", soft_wrap=True)
 
 
 def ours(device: str) -> list[str]:

@@ -26,7 +26,6 @@ from perceiver_kernels.data.modality import token_row
 from perceiver_kernels.inspection import CHUNK_SIZE, Attended, inspect_model
 from perceiver_kernels.models import PerceiverAR
 
-SUMMARY = "what the latents of your own model attend to, as a table and a picture"
 SNIPPET = 24  # bytes of text shown around a position
 
 
@@ -46,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, result: Result) -> int:
-    """Inspect, print, draw."""
-    charts.canvas(1, 1, (1, 1))  # a missing matplotlib should show at once
+    """Inspect, print, and draw where there is matplotlib."""
     model = load_model(args.model)
     tokens = load_tokens(args.input, model.config.vocab_size)[: args.end]
     longest = model.config.max_seq_len
@@ -57,7 +55,9 @@ def run(args: argparse.Namespace, result: Result) -> int:
         err.print(f"of {len(tokens):,} tokens the last {longest:,} are read: the model's max_seq_len")
         tokens = tokens[-longest:]
     latents = min(args.latents or model.config.num_latents, len(tokens))
-    claim("--plot", args.plot)
+    no_picture = charts.missing()
+    if no_picture is None:
+        claim("--plot", args.plot)
     with err.status(f"{len(tokens):,} positions, {latents:,} latents"):
         layers = inspect_model(model, tokens[None], num_latents=latents, top=args.top, chunk_size=args.chunk)
     result |= {"positions": len(tokens), "latents": latents, "layers": {}}
@@ -66,8 +66,11 @@ def run(args: argparse.Namespace, result: Result) -> int:
         result["layers"][name] = [facts(seen, head) for head in range(seen.heads)]
         out.print(table(f"{name}: {len(tokens):,} positions, {latents:,} latents", result["layers"][name]))
         show_last(seen, tokens, is_text)
+    if no_picture is not None:
+        err.print(f"There is no picture: {escape(no_picture)}", soft_wrap=True)
+        return 0
     charts.inspection_chart(layers, len(tokens), args.plot, caption(result))
-    out.print(f"The picture is {args.plot}", soft_wrap=True)
+    out.print(f"The picture is {escape(str(args.plot))}", soft_wrap=True)
     return 0
 
 
@@ -75,9 +78,11 @@ def load_model(path: Path) -> PerceiverAR:
     """The checkpoint as a model that embeds and reads its input chunk by chunk."""
     try:
         model = PerceiverAR.load(path)
+    except FileNotFoundError as error:
+        raise CommandError(f"{path}: no such file") from error
     except Exception as error:  # what a file can be instead has no common base
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"{path} is no model that PerceiverAR.save wrote: {escape(problem)}") from error
+        raise CommandError(f"{path} is no model that PerceiverAR.save wrote: {problem}") from error
     model.config = dataclasses.replace(model.config, streamed=True)
     return model
 
@@ -88,8 +93,10 @@ def load_tokens(path: Path, vocab_size: int) -> Tensor:
         if path.suffix != ".npy":
             return token_row(Bytes().encode(path.read_bytes()), vocab_size)
         return token_row(torch.from_numpy(np.asarray(np.load(path, allow_pickle=False))), vocab_size)
+    except FileNotFoundError as error:
+        raise CommandError(f"{path}: no such file") from error
     except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"{path} can't be read as tokens: {escape(str(error))}") from error
+        raise CommandError(f"{path} can't be read as tokens: {error}") from error
 
 
 def facts(seen: Attended, head: int) -> dict[str, Any]:

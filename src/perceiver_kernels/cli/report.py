@@ -38,7 +38,7 @@ def progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=err, transient=True)
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def finite(value: Any) -> Any:
@@ -51,9 +51,13 @@ def finite(value: Any) -> Any:
 
 
 def claim(flag: str, path: Path) -> None:
-    """Fail now, not after minutes of measuring, when the `path` given as `flag` can't be written."""
+    """Fail now, not after minutes of measuring, when the `path` given as `flag` can't be written.
+
+    Its folder is made, but only that one, and none in the file system's root: more is a mistyped path.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if str(path.parent.parent) != path.anchor:
+            path.parent.mkdir(exist_ok=True)
         path.touch()
     except OSError as error:
         raise CommandError(f"{flag} can't write {path}: {error.strerror}") from error

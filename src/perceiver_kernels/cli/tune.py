@@ -19,8 +19,6 @@ from perceiver_kernels.cli import bench, gpu
 from perceiver_kernels.cli.measure import DTYPES, PASSES
 from perceiver_kernels.cli.report import CommandError, Result, out, seconds
 
-SUMMARY = "find the fastest backend for your shapes, for backend=None to follow"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The shape, as for `bench`, and what to time."""
@@ -57,9 +55,11 @@ def run(args: argparse.Namespace, result: Result) -> int:
             best = min(times, key=lambda name: times[name])
             tensors = (problem.inputs.query, problem.inputs.key, problem.inputs.value)
             choices.append(tuned.kind(*tensors, problem.backward, best))
-            others = ", ".join(f"{name} {seconds(time)}" for name, time in times.items() if name != best)
+            others = ", ".join(
+                f"backend {name}: {seconds(time)}" for name, time in times.items() if name != best
+            )
             line = f"{bench.shape_text(case)} {dtype} {direction}: [bold]{best}[/] {seconds(times[best])}"
-            out.print(line + (f" (against {others})" if others else ""))
+            out.print(line + (f" ({others})" if others else ""))
             result["choices"].append({"case": case.name, "dtype": dtype, "pass": direction, "backend": best})
     finally:
         if choices:
@@ -68,5 +68,5 @@ def run(args: argparse.Namespace, result: Result) -> int:
                 path = tuned.remember(name, choices)
             except OSError as error:
                 raise CommandError(f"the choices can't be remembered: {error}") from error
-            out.print(f"Remembered for {escape(name)} in {path}")
+            out.print(f"Remembered for {escape(name)} in {escape(str(path))}")
     return 0

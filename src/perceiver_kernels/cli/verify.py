@@ -18,12 +18,11 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels.cli import gpu
 from perceiver_kernels.cli.measure import DTYPES
-from perceiver_kernels.cli.report import CommandError, Result, out, progress
+from perceiver_kernels.cli.report import Result, out, progress
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import CASES, Case
 from perceiver_kernels.testing.inputs import Inputs, make_inputs
 
-SUMMARY = "every usable backend against float64: error, budget, pass or fail"
 QUICK_CASES = {
     "ragged", "decode_long", "more_queries_than_keys", "grouped_heads", "dim_128", "odd_dims", "transposed",
     "dead_example",
@@ -69,12 +68,9 @@ def verify(
     """Fill `result["rows"]`, print, return the exit code. CommandError for a backend that can't run."""
     usable = pk.available_backends(gpu.checked_device(device))
     result["device"] = device
-    for name in backends or []:
-        if usable.get(name, "there is no such backend: choose from " + ", ".join(usable)) is not None:
-            raise CommandError(
-                f"backend {name!r} can't run here: {usable.get(name, 'choose from ' + ', '.join(usable))}"
-            )
-    names = backends or [name for name, reason in usable.items() if reason is None]
+    names = [name for name, reason in usable.items() if reason is None]
+    if backends:
+        names = gpu.checked_backends(backends, device)
     wanted = set(cases) if cases else QUICK_CASES if quick else {case.name for case in CASES}
     chosen = [case for case in CASES if case.name in wanted]
     kinds = dtypes or list(QUICK_DTYPES if quick else DTYPES)

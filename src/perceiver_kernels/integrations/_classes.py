@@ -1,13 +1,23 @@
-"""Swapping the forward of modules that belong to another package: by their class, in place."""
+"""Modules that belong to another package: importing them, and swapping their forward by class, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def installed_by(command: str) -> Iterator[None]:
+    """Where an import in this block finds no module, the error names the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.msg}: {command}", name=error.name) from error
 
 
 def replace_classes(model: Model, classes: Mapping[type[nn.Module], type[nn.Module]]) -> Model:

@@ -16,14 +16,16 @@ stays the same: logits and gradients up to rounding, prefix masks, prefixes and 
 from __future__ import annotations
 
 import torch
-from perceiver_ar_pytorch.perceiver_ar_pytorch import CausalAttention, CausalPrefixAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_kernels.attention import perceiver_attention
-from perceiver_kernels.integrations._classes import Model, replace_classes
+from perceiver_kernels.integrations._classes import Model, installed_by, replace_classes
 from perceiver_kernels.rotary import apply_rotary
 from perceiver_kernels.rows import gather_rows, kept_indices
+
+with installed_by("pip install 'perceiver-kernels[demo]'"):
+    from perceiver_ar_pytorch.perceiver_ar_pytorch import CausalAttention, CausalPrefixAttention
 
 
 class FusedCausalAttention(CausalAttention):  # type: ignore[misc]

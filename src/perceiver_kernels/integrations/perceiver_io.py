@@ -16,13 +16,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from perceiver.model.core.modules import MultiHeadAttention
-from perceiver.model.core.utils import ModuleOutput
 from torch import Tensor
 
 from perceiver_kernels.attention import perceiver_attention
-from perceiver_kernels.integrations._classes import Model, replace_classes
+from perceiver_kernels.integrations._classes import Model, installed_by, replace_classes
 from perceiver_kernels.rotary import apply_rotary
+
+with installed_by(
+    "pip install perceiver-io; on Python 3.11 and later, "
+    "pip install --no-deps --ignore-requires-python perceiver-io einops fairscale"
+):
+    from perceiver.model.core.modules import MultiHeadAttention
+    from perceiver.model.core.utils import ModuleOutput
 
 
 class FusedMultiHeadAttention(MultiHeadAttention):  # type: ignore[misc]

@@ -23,10 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from perceiver_kernels.attention import perceiver_attention, perceiver_attention_varlen
+from perceiver_kernels.integrations._classes import installed_by
+
+with installed_by("pip install 'perceiver-kernels[transformers]'"):
+    from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 NAME = "perceiver_kernels"
 _HIDDEN = 1 << 40  # beyond every query

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.models.perceiver.modeling_perceiver import PerceiverSelfAttention
 
 from perceiver_kernels.attention import perceiver_attention
-from perceiver_kernels.integrations._classes import Model, replace_classes
+from perceiver_kernels.integrations._classes import Model, installed_by, replace_classes
+
+with installed_by("pip install 'perceiver-kernels[transformers]'"):
+    from transformers.models.perceiver.modeling_perceiver import PerceiverSelfAttention
 
 
 class FusedPerceiverSelfAttention(PerceiverSelfAttention):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from perceiver_kernels.checks import check_device, check_int, check_tensor
+from perceiver_kernels.checks import check_device, check_ids, check_int, check_tensor
 from perceiver_kernels.generation import generate
 from perceiver_kernels.kv_cache import KVCache
 from perceiver_kernels.layers import CrossAttention, FeedForward, SelfAttention
@@ -463,8 +463,7 @@ class PerceiverAR(nn.Module):
         check_tensor("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, N), got {tuple(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        check_ids("tokens", tokens, self.config.vocab_size)
         if pad_mask is not None:
             check_tensor("pad_mask", pad_mask)
             if pad_mask.dtype != torch.bool:

@@ -25,7 +25,8 @@ def ptx_of(name: str) -> str:
 def test_weighted_sum() -> None:
     x = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
     out = np.zeros(1, np.float32)
-    launch(ptx_of("reduce"), "weighted_sum", 3, 256, [x, out, len(x)], shared=1024)
+    report = launch(ptx_of("reduce"), "weighted_sum", 3, 256, [x, out, len(x)], shared=1024, collect=True)
+    assert report.kinds() == {"race"}  # its threads add to one float in any order
     want = (x * np.array([1, 2, 3, 4], np.float32)[np.arange(3000) % 4]).sum(dtype=np.float64)
     assert out[0] == pytest.approx(want, rel=1e-5)
 

@@ -37,6 +37,8 @@ def test_refusals_say_what_is_served() -> None:
         assert f"query is {str(dtype)[6:]}; the kernels take bfloat16 and float16" in reason
     long = (1, 1, 2**31 - 4, 64)
     assert "31 bits" in refusals((1, 8, 1, 64), long, long)[0]
+    tiles_reach_beyond = (1, 1, 2**31 - 2**24, 64)
+    assert "31 bits" in refusals((1, 8, 1, 64), tiles_reach_beyond, tiles_reach_beyond)[0]
 
 
 def test_a_call_on_the_cpu_is_refused_by_name() -> None:

@@ -89,7 +89,7 @@ def _step(instruction: Instruction, machine: Machine) -> _Step:
     elif "memory" in used:
         latency = machine.latency_shuffle if instruction.base == "SHFL" else machine.latency_shared
     keep = re.search(r", (0x[0-9a-f]+)\s*$", instruction.operands) if action.startswith("wait") else None
-    named = _BARRIER.match(instruction.operands) if action in ("barrier", "arrive") else None
+    named = _BARRIER.match(instruction.operands) if instruction.base == "BAR" else None
     return _Step(
         held=tuple((pipe, cost) for pipe, cost in used.items() if pipe not in ("issue", "l2", *queues)),
         queued=tuple((pipe, cost) for pipe, cost in used.items() if pipe in queues),

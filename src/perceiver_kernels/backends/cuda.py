@@ -195,7 +195,7 @@ def unsupported(
         head_dim = max(query.shape[-1], value.shape[-1])
         reasons += _backward_obstacle(query.dtype, head_dim, spec.has_score, query.device)
     queries, keys = (query.shape[0], key.shape[0]) if spec.is_packed else (query.shape[2], key.shape[2])
-    if queries * (query.shape[1] // key.shape[1]) + keys >= 2**31:
+    if queries * (query.shape[1] // key.shape[1]) + keys > 2**31 - 2**24:  # as csrc/torch/cuda.cpp
         reasons.append("rows of one key head and keys together are counted in 31 bits")
     return reasons
 

@@ -279,7 +279,7 @@ class CrossAttention(nn.Module):
 
         weights = [*norm.tensors, *k_proj.tensors, *v_proj.tensors]
         watched = [t for t in (positions, kept, *(rotary or ())) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in watched):
+        if needs_gradient(watched):
             raise ValueError("positions and rotary must not require a gradient where the layer is streamed")
         sources = [prefix, Rows(own)] if slices is None or slices.is_last else [prefix]
         stream = KeyStream(sources, project, weights, self.dim, watched, self.chunk_size)

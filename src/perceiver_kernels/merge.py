@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perceiver_kernels.checks import check_device
 from perceiver_kernels.spec import check_dtype, dtype_name
 
 
@@ -83,8 +84,7 @@ def _check(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...]) -> None:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
             check_dtype(f"{name}[{i}]", tensor)
-            if tensor.device != outs[0].device:
-                raise ValueError(f"{name}[{i}] is on {tensor.device}, but outs[0] is on {outs[0].device}")
+            check_device(f"{name}[{i}]", tensor, "outs[0]", outs[0])
             if tensor.dtype != tensors[0].dtype:
                 kinds = dtype_name(tensor.dtype), dtype_name(tensors[0].dtype)
                 raise TypeError(f"{name}[{i}] is {kinds[0]}, but {name}[0] is {kinds[1]}")

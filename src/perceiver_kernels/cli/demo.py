@@ -170,7 +170,7 @@ def run_train(args: argparse.Namespace, result: Result) -> int:
 
 
 def run_swap(args: argparse.Namespace, result: Result) -> int:
-    """perceiver-ar-pytorch as published and with the op: logits, one training step's time and memory."""
+    """perceiver-ar-pytorch as published, with the op, and ours: logits, a training step's time and memory."""
     if importlib.util.find_spec("perceiver_ar_pytorch") is None:
         raise CommandError("the swap needs perceiver-ar-pytorch: pip install 'perceiver-kernels[demo]'")
     shape = {**swap.SHAPE, "positions": args.swap_positions}
@@ -178,23 +178,25 @@ def run_swap(args: argparse.Namespace, result: Result) -> int:
     common = {"shape": shape, "threads": torch.get_num_threads()}
     result["shape"] = shape
     with progress() as bar:
-        task = bar.add_task("comparing logits", total=3)
-        result["logits"] = in_fresh_process(swap.compare_logits, common)
-        for name, swapped in (("before", False), ("after", True)):
+        task = bar.add_task("comparing logits", total=1 + len(swap.MODELS))
+        logits = result["logits"] = in_fresh_process(swap.compare_logits, common)
+        for model, name in swap.MODELS.items():
             bar.update(task, advance=1, description=f"one training step, {name}")
-            measured = in_fresh_process(swap.measure_step, {**common, "swapped": swapped, "steps": 2})
-            result[name] = {**measured, "median_s": statistics.median(measured["seconds"])}
-    before, after, logits = result["before"], result["after"], result["logits"]
+            measured = in_fresh_process(swap.measure_step, {**common, "model": model, "steps": 3})
+            result[model] = {**measured, "median_s": statistics.median(measured["seconds"])}
     out.print(
-        f"perceiver-ar-pytorch, {shape['positions']:,} positions, {shape['latents']:,} latents, "
-        f"dim {shape['dim']}, depth {shape['depth']}, {shape['heads']} heads\n"
-        f"logits: relative difference {logits['relative_error']:.1e}, "
+        f"{shape['positions']:,} positions, {shape['latents']:,} latents, dim {shape['dim']}, "
+        f"depth {shape['depth']}, {shape['heads']} heads\n"
+        f"logits once swapped: relative difference {logits['relative_error']:.1e}, "
         f"same argmax at {logits['same_argmax']:.2%} of positions\n"
-        f"one training step: {before['median_s']:.2f} s -> {after['median_s']:.2f} s "
-        f"({before['median_s'] / after['median_s']:.2f}x faster)\n"
-        f"peak extra memory: {mib(before['peak_bytes'])} MiB -> {mib(after['peak_bytes'])} MiB"
+        "one training step, and its peak extra memory:"
     )
-    charts.swap_chart(before, after, args.output / "swap.png", caption(result))
+    published = result["published"]
+    for model, name in swap.MODELS.items():
+        seconds, peak = result[model]["median_s"], result[model]["peak_bytes"]
+        faster = f" ({published['median_s'] / seconds:.2f}x faster)" if model != "published" else ""
+        out.print(f"  {name}: {seconds:.2f} s{faster}, {mib(peak)} MiB")
+    charts.swap_chart(result, swap.MODELS, args.output / "swap.png", caption(result))
     return int(logits["relative_error"] > LOGITS_TOLERANCE)
 
 

@@ -121,7 +121,7 @@ struct BackwardScratch {
     rows = arena.take<const T*>(kBackwardKeys);
     k = arena.take<Operand>(kBackwardKeys * steps<Mode>(problem.dim) + kPackSlack);
     v = arena.take<Operand>(kBackwardKeys * steps<Mode>(problem.value_dim) + kPackSlack);
-    k_tiles = arena.take<Operand>(steps<Mode>(kBackwardKeys) * round_up(problem.dim, kTileRows) + kPackSlack);
+    k_tiles = arena.take<Operand>(channel_tiles_size<Mode>(kBackwardKeys, problem.dim));
     dk = arena.take<Acc>(kBackwardKeys * padded<Acc>(problem.dim));
     dv = arena.take<Acc>(kBackwardKeys * padded<Acc>(problem.value_dim));
     s = arena.take<Acc>(kTile);
@@ -203,6 +203,7 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
   const PackedQueries<Mode> packed(packed_arena, p, block.rows);
   BackwardScratch<Mode, T> tmp(arena, p);
   const Scoring<Acc> scoring(p);
+  const typename Mode::Session session;
   const int64_t dim_steps = steps<Mode>(p.dim), value_steps = steps<Mode>(p.value_dim);
   const int64_t panels = panel_count<Acc>(block.rows);
   const int64_t last_visible = visible_to_row(p, block, block.rows - 1);
@@ -260,10 +261,13 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
              packed.delta + panel.first, scoring.to_logits, scoring.inverse_softcap,
              tmp.p + columns / Mode::kPack, tmp.ds + columns / Mode::kPack, ds_keys, kStride, keys_stride},
             seen, panel.width);
-        multiply<Update::kAdd>(
-            Product<Mode>{tmp.k_tiles, steps<Mode>(count), 1, kTileRows, ds_keys, keys_stride,
-                          steps<Mode>(seen), dq + panel.first * p.dim, panel.width},
-            p.dim, panel.width);
+        Product<Mode> to_queries = product_of_channels<Mode>(tmp.k_tiles, count);
+        to_queries.b = ds_keys;
+        to_queries.b_step = keys_stride;
+        to_queries.depth = steps<Mode>(seen);
+        to_queries.c = dq + panel.first * p.dim;
+        to_queries.c_row = panel.width;
+        multiply<Update::kAdd>(to_queries, p.dim, panel.width);
         columns += panel.width;
       }
       const int64_t first_step = first * kPanel<Acc> / Mode::kPack, depth = columns / Mode::kPack;

@@ -38,7 +38,7 @@ struct ForwardScratch {
     rows = arena.take<const T*>(kForwardKeys > kPanel<Acc> ? kForwardKeys : kPanel<Acc>);
     queries = arena.take<Operand>(round_up(query_rows, kLanes<Acc>) * steps<Mode>(problem.dim));
     k = arena.take<Operand>(kForwardKeys * steps<Mode>(problem.dim) + kPackSlack);
-    v = arena.take<Operand>(steps<Mode>(kForwardKeys) * round_up(problem.value_dim, kTileRows) + kPackSlack);
+    v = arena.take<Operand>(channel_tiles_size<Mode>(kForwardKeys, problem.value_dim));
     s = arena.take<Acc>(kTile);
     if constexpr (Mode::kPack == 1)
       p = s;  // in place
@@ -63,6 +63,7 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
   Arena arena(scratch);
   ForwardScratch<Mode, T> tmp(arena, p, block.rows);
   const Scoring<Acc> scoring(p);
+  const typename Mode::Session session;
   const int64_t dim_steps = steps<Mode>(p.dim), panels = panel_count<Acc>(block.rows);
 
   for (int64_t i = 0; i < panels; ++i) {
@@ -116,9 +117,13 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
         step(visible.any, tmp.s, scoring.to_log2, tmp.factor, tmp.highest, partial.maximum, partial.sum,
              tmp.rescale, tmp.p);
       });
-      multiply<Update::kRescale>(Product<Mode>{tmp.v, steps<Mode>(count), 1, kTileRows, tmp.p, panel.width,
-                                               steps<Mode>(visible.any), partial.o, panel.width, tmp.rescale},
-                                 p.value_dim, panel.width);
+      Product<Mode> values = product_of_channels<Mode>(tmp.v, count);
+      values.b = tmp.p;
+      values.b_step = values.c_row = panel.width;
+      values.depth = steps<Mode>(visible.any);
+      values.c = partial.o;
+      values.column_scale = tmp.rescale;
+      multiply<Update::kRescale>(values, p.value_dim, panel.width);
     }
   }
 }

@@ -4,24 +4,32 @@
 #pragma once
 
 #include "math.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace pk::cpu::PK_ISA {
 
 // How numbers enter the product. Acc: accumulators; Operand: what one broadcast moves; kPack: elements per
-// operand; kTerms: of the exponential whose results become operands.
+// operand; kTerms: of the exponential whose results become operands; kRows: of A that one step takes; kOnTiles:
+// whether that is a tile of the processor's own. Session: held by a thread while it multiplies.
+struct NoSession {
+  ~NoSession() {}
+};
 template <class T>
 struct Plain {
   using Acc = T;
   using Operand = T;
-  static constexpr int kPack = 1, kTerms = kExpTerms<T>;
+  using Session = NoSession;
+  static constexpr bool kOnTiles = false;
+  static constexpr int kPack = 1, kTerms = kExpTerms<T>, kRows = kTileRows;
   static inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) { return a * b + c; }
 };
 
 struct BFloat16Pairs {
   using Acc = float;
   using Operand = uint32_t;
-  static constexpr int kPack = 2, kTerms = 4;
+  using Session = NoSession;
+  static constexpr bool kOnTiles = false;
+  static constexpr int kPack = 2, kTerms = 4, kRows = kTileRows;
   static inline Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> c) {
 #if defined(__AVX512BF16__)
     return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -33,7 +41,15 @@ struct BFloat16Pairs {
   }
 };
 
-#if defined(__AVX512BF16__) || defined(PK_EMULATE_AVX512_BF16)
+#if defined(PK_AMX)
+// The same pairs; the tiles want those of a row of A next to each other.
+struct BFloat16Tiles : BFloat16Pairs {
+  using Session = TileSession;
+  static constexpr bool kOnTiles = true;
+  static constexpr int kRows = kTileSide;
+};
+using BFloat16Mode = BFloat16Tiles;
+#elif defined(__AVX512BF16__) || defined(PK_EMULATE_AVX512_BF16)
 using BFloat16Mode = BFloat16Pairs;
 #else
 using BFloat16Mode = Plain<float>;  // converted in the packing
@@ -92,6 +108,78 @@ inline void multiply_tile(const Product<Mode>& p, int64_t row) {
       store(p.column_max + v * kStep, highest);
     });
 }
+
+#if defined(PK_AMX)
+// kRowTiles x kColumnTiles tiles of C, of whose rows `rows` exist.
+template <Update kUpdate, int kRowTiles, int kColumnTiles>
+inline void multiply_tiles(const Product<BFloat16Tiles>& p, int64_t row, int64_t rows, int64_t column) {
+  constexpr int64_t kOperand = sizeof(uint32_t);
+  const uint32_t *a = p.a + row * p.a_row, *b = p.b + column;
+  unrolled<kRowTiles * kColumnTiles>([](auto c) { tile_zero<c>(); });
+  const auto products = [] {
+    unrolled<kRowTiles * kColumnTiles>(
+        [](auto c) { tile_multiply_add<c, 4 + c / kColumnTiles, 6 + c % kColumnTiles>(); });
+  };
+  int64_t k = 0;
+  if (rows == kRowTiles * kTileSide)
+    for (; k + kTileSide <= p.depth; k += kTileSide) {
+      unrolled<kColumnTiles>(
+          [&](auto c) { tile_load<6 + c>(b + k * p.b_step + c * kTileSide, p.b_step * kOperand); });
+      unrolled<kRowTiles>(
+          [&](auto r) { tile_load<4 + r>(a + r * kTileSide * p.a_row + k, p.a_row * kOperand); });
+      products();
+    }
+  for (; k < p.depth; k += kTileSide) {
+    const int64_t rest = p.depth - k;
+    unrolled<kColumnTiles>(
+        [&](auto c) { tile_load_edge<6 + c>(b + k * p.b_step + c * kTileSide, p.b_step, rest, kTileSide); });
+    unrolled<kRowTiles>([&](auto r) {
+      tile_load_edge<4 + r>(a + r * kTileSide * p.a_row + k, p.a_row, rows - r * kTileSide, rest);
+    });
+    products();
+  }
+
+  float* c = p.c + row * p.c_row + column;
+  constexpr bool kDirect = kUpdate == Update::kStore || kUpdate == Update::kStoreMax;
+  constexpr int64_t kWidth = kColumnTiles * kTileSide;
+  alignas(64) float local[kRowTiles * kTileSide * kWidth];
+  const bool direct = kDirect && rows == kRowTiles * kTileSide;
+  float* to = direct ? c : local;
+  const int64_t to_row = direct ? p.c_row : kWidth;
+  unrolled<kRowTiles * kColumnTiles>([&](auto c) {
+    constexpr int kRow = c / kColumnTiles * kTileSide, kColumn = c % kColumnTiles * kTileSide;
+    tile_store<c>(to + kRow * to_row + kColumn, to_row * static_cast<int64_t>(sizeof(float)));
+  });
+  if (direct && kUpdate == Update::kStore) return;
+  unrolled<kColumnTiles>([&](auto v) {
+    Vec<float> scale = {}, highest = {};
+    if constexpr (kUpdate == Update::kRescale) scale = load(p.column_scale + column + v * kTileSide);
+    if constexpr (kUpdate == Update::kStoreMax) highest = load(p.column_max + column + v * kTileSide);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<float> sum = load(to + r * to_row + v * kTileSide);
+      float* at = c + r * p.c_row + v * kTileSide;
+      if constexpr (kUpdate == Update::kAdd) sum += load(at);
+      if constexpr (kUpdate == Update::kRescale) sum += load(at) * scale;
+      if constexpr (kUpdate == Update::kStoreMax) highest = maximum(sum, highest);
+      if (!direct) store(at, sum);
+    }
+    if constexpr (kUpdate == Update::kStoreMax) store(p.column_max + column + v * kTileSide, highest);
+  });
+}
+
+template <Update kUpdate>
+inline void multiply(const Product<BFloat16Tiles>& p, int64_t rows, int64_t columns) {
+  for (int64_t row = 0; row < rows; row += 2 * kTileSide)
+    for (int64_t column = 0; column < columns; column += 2 * kTileSide) {
+      const int64_t count = rows - row < 2 * kTileSide ? rows - row : 2 * kTileSide;
+      const bool tall = count > kTileSide, wide = columns - column > kTileSide;
+      const auto run = tall   ? wide ? multiply_tiles<kUpdate, 2, 2> : multiply_tiles<kUpdate, 2, 1>
+                       : wide ? multiply_tiles<kUpdate, 1, 2>
+                              : multiply_tiles<kUpdate, 1, 1>;
+      run(p, row, count, column);
+    }
+}
+#endif
 
 // `columns`: a multiple of the vector width, at most one panel.
 template <Update kUpdate, class Mode>

@@ -4,6 +4,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(PK_HAS_AMX_SET)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace pk::cpu {
@@ -15,6 +21,7 @@ namespace pk::cpu {
   }
 #ifdef PK_HAS_EMULATED_SET
 PK_DECLARE(emulated)
+PK_DECLARE(emulated_amx)
 #endif
 PK_DECLARE(baseline)
 #ifdef PK_HAS_X86_SETS
@@ -39,10 +46,29 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 }  // namespace
 #endif
+#ifdef PK_HAS_AMX_SET
+PK_DECLARE(amx)
+
+namespace {
+// The kernel saves a process's tiles only once it was asked to.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+bool has_amx() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  unsigned a, b, c, d = 0;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTiles) &&
+         may_use_tiles();
+}
+}  // namespace
+#endif
 
 extern const InstructionSet kInstructionSets[] = {
 #ifdef PK_HAS_EMULATED_SET
     {"emulated", [] { return true; }, emulated::kernels, &emulated::kInternals},
+    {"emulated_amx", [] { return true; }, emulated_amx::kernels, &emulated_amx::kInternals},
 #endif
     {"baseline", [] { return true; }, baseline::kernels, &baseline::kInternals},
 #ifdef PK_HAS_X86_SETS
@@ -51,6 +77,9 @@ extern const InstructionSet kInstructionSets[] = {
 #ifdef PK_HAS_AVX512_SETS
     {"avx512", has_avx512, avx512::kernels, &avx512::kInternals},
     {"avx512_bf16", has_avx512_bf16, avx512_bf16::kernels, &avx512_bf16::kInternals},
+#endif
+#ifdef PK_HAS_AMX_SET
+    {"amx", has_amx, amx::kernels, &amx::kInternals},
 #endif
     {nullptr, nullptr, nullptr, nullptr},
 };

@@ -58,12 +58,47 @@ inline void pack_row_steps(const T* const* rows, int64_t count, int64_t first, i
 }
 
 // Rows are the depth and channels come in tiles: to[tile][row step][channel in tile]. A tile is read from one
-// end to the other, where rows as they are would cost a cache line for each of its steps.
+// end to the other, where rows as they are would cost a cache line for each of its steps. On the
+// processor's own tiles: to[channel][row step], stored in whole squares.
+template <class Mode>
+inline int64_t channel_steps(int64_t rows) {
+  return Mode::kOnTiles ? round_up(steps<Mode>(rows), kLanes<float>) : steps<Mode>(rows);
+}
+template <class Mode>
+inline int64_t channel_tiles_size(int64_t rows, int64_t channels) {
+  return channel_steps<Mode>(rows) * round_up(channels, Mode::kRows) + kPackSlack;
+}
 template <class Mode, class T>
 inline void pack_channel_tiles(const T* const* rows, int64_t count, int64_t channels,
                                typename Mode::Operand* to) {
-  for (int64_t tile = 0; tile < channels; tile += kTileRows, to += steps<Mode>(count) * kTileRows)
-    pack_row_steps<Mode>(rows, count, tile, channels - tile, kTileRows, to);
+  const int64_t width = channel_steps<Mode>(count);
+  if constexpr (Mode::kOnTiles) {
+    constexpr int kSide = kLanes<typename Mode::Operand>;
+    for (int64_t channel = 0; channel < channels; channel += kSide, to += kSide * width)
+      for (int64_t step = 0; step < width; step += kSide) {
+        Vec<typename Mode::Operand> block[kSide];
+        for (int64_t side = 0; side < kSide; ++side)
+          block[side] =
+              load_row_step<Mode>(rows, (step + side) * Mode::kPack, count, channel, channels - channel);
+        transpose<typename Mode::Operand>(block);
+        for (int64_t side = 0; side < kSide; ++side) store(to + side * width + step, block[side]);
+      }
+  } else {
+    for (int64_t tile = 0; tile < channels; tile += kTileRows, to += width * kTileRows)
+      pack_row_steps<Mode>(rows, count, tile, channels - tile, kTileRows, to);
+  }
+}
+
+// A product whose A was packed so, with `rows` rows as its depth.
+template <class Mode>
+inline Product<Mode> product_of_channels(const typename Mode::Operand* a, int64_t rows) {
+  const int64_t width = channel_steps<Mode>(rows);
+  Product<Mode> product{};
+  product.a = a;
+  product.a_tile = width;
+  product.a_row = Mode::kOnTiles ? width : 1;
+  product.a_step = Mode::kOnTiles ? 1 : kTileRows;
+  return product;
 }
 
 // The operands at steps [step, step + vector width) of a row, zeros past its end.

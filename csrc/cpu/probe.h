@@ -27,7 +27,8 @@ void matmul_as(const T* a, const T* b, float* c, int64_t rows, int64_t columns, 
   Operand* packed_a = new Operand[rows * depth_steps + kPackSlack];
   Operand* packed_b = new Operand[depth_steps * kPanel<float> + kPackSlack];
   const T** pointers = new const T*[rows > depth ? rows : depth];
-  float tile[kTileRows * kPanel<float>];
+  float tile[Mode::kRows * kPanel<float>];
+  const typename Mode::Session session;
   for (int64_t r = 0; r < rows; ++r) pointers[r] = a + r * depth;
   pack_channel_steps<Mode, T>(pointers, rows, depth, packed_a);
   for (int64_t k = 0; k < depth; ++k) pointers[k] = b + k * columns;
@@ -35,8 +36,8 @@ void matmul_as(const T* a, const T* b, float* c, int64_t rows, int64_t columns, 
     const int64_t count = columns - column < kPanel<float> ? columns - column : kPanel<float>;
     const int64_t width = round_up(count, kLanes<float>);
     pack_row_steps<Mode, T>(pointers, depth, column, count, width, packed_b);
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
+    for (int64_t row = 0; row < rows; row += Mode::kRows) {
+      const int64_t tile_rows = rows - row < Mode::kRows ? rows - row : Mode::kRows;
       multiply<Update::kStore>(Product<Mode>{packed_a + row * depth_steps, depth_steps, depth_steps, 1,
                                              packed_b, width, depth_steps, tile, width},
                                tile_rows, width);
@@ -74,6 +75,15 @@ inline void opaque(V& v) {
 
 template <class Mode>
 inline double fma_loop_as(int64_t iterations) {
+#if defined(PK_AMX)
+  if constexpr (Mode::kOnTiles) {
+    const typename Mode::Session session;
+    unrolled<8>([](auto tile) { tile_zero<tile>(); });
+    for (int64_t i = 0; i < iterations; ++i)
+      unrolled<4>([](auto c) { tile_multiply_add<c, 4 + c / 2, 6 + c % 2>(); });
+    return 2.0 * 4 * kTileSide * kTileSide * kTileSide * Mode::kPack * static_cast<double>(iterations);
+  }
+#endif
   using Acc = typename Mode::Acc;
   using Operand = typename Mode::Operand;
   constexpr int kChains = kTileRows * kPanelVectors;

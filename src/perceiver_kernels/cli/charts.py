@@ -196,21 +196,23 @@ def training_chart(points: list[dict[str, Any]], zlib_bits: float, path: Path, c
     save(figure, path, caption)
 
 
-def swap_chart(result: dict[str, Any], models: dict[str, str], path: Path, caption: str) -> None:
-    """Time and peak memory of one training step: ``result`` of each of ``models``, which have names."""
-    figure, (time_axis, memory_axis) = canvas(2, 1, (9, 2.6))
-    for axis, field, unit, scale in (
-        (time_axis, "median_s", "seconds per training step", 1.0),
-        (memory_axis, "peak_bytes", "peak extra memory, GiB", 2.0**-30),
-    ):
-        values = [(result[model][field] or 0) * scale for model in models]
-        bars = axis.barh(list(models.values()), values, color=[PEER, OURS, OURS], height=0.6)
-        axis.bar_label(bars, fmt="%.2f", size=9, padding=2)
-        axis.margins(x=0.15)
-        axis.set_title(unit, size=9, loc="left")
-        axis.tick_params(labelsize=8)
-        axis.invert_yaxis()
-    memory_axis.tick_params(labelleft=False)
+def swap_chart(results: dict[str, Any], models: dict[str, str], path: Path, caption: str) -> None:
+    """Time and peak memory of one training step, for each dtype of each of ``models``, which have names."""
+    figure, axes = canvas(2, len(results), (9, 1.9 * len(results) + 0.4))
+    for row, (dtype, result) in enumerate(results.items()):
+        time_axis, memory_axis = axes[2 * row : 2 * row + 2]
+        for axis, field, unit, scale in (
+            (time_axis, "median_s", f"seconds per training step, {dtype}", 1.0),
+            (memory_axis, "peak_bytes", f"peak extra memory, {dtype}, GiB", 2.0**-30),
+        ):
+            values = [(result[model][field] or 0) * scale for model in models]
+            bars = axis.barh(list(models.values()), values, color=[PEER, OURS, OURS], height=0.6)
+            axis.bar_label(bars, fmt="%.2f", size=9, padding=2)
+            axis.margins(x=0.15)
+            axis.set_title(unit, size=9, loc="left")
+            axis.tick_params(labelsize=8)
+            axis.invert_yaxis()
+        memory_axis.tick_params(labelleft=False)
     save(figure, path, caption)
 
 

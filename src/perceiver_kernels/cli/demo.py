@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -178,25 +177,33 @@ def run_swap(args: argparse.Namespace, result: Result) -> int:
     common = {"shape": shape, "threads": torch.get_num_threads()}
     result["shape"] = shape
     with progress() as bar:
-        task = bar.add_task("comparing logits", total=1 + len(swap.MODELS))
+        task = bar.add_task("comparing logits", total=1 + len(swap.DTYPES) * len(swap.MODELS))
         logits = result["logits"] = in_fresh_process(swap.compare_logits, common)
-        for model, name in swap.MODELS.items():
-            bar.update(task, advance=1, description=f"one training step, {name}")
-            measured = in_fresh_process(swap.measure_step, {**common, "model": model, "steps": 3})
-            result[model] = {**measured, "median_s": statistics.median(measured["seconds"])}
+        for dtype in swap.DTYPES:
+            result[dtype] = {}
+            for model, name in swap.MODELS.items():
+                bar.update(task, advance=1, description=f"one training step in {dtype}, {name}")
+                arguments = {**common, "model": model, "dtype": dtype, "steps": 3}
+                result[dtype][model] = in_fresh_process(swap.measure_step, arguments)
     out.print(
         f"{shape['positions']:,} positions, {shape['latents']:,} latents, dim {shape['dim']}, "
         f"depth {shape['depth']}, {shape['heads']} heads\n"
         f"logits once swapped: relative difference {logits['relative_error']:.1e}, "
-        f"same argmax at {logits['same_argmax']:.2%} of positions\n"
-        "one training step, and its peak extra memory:"
+        f"same argmax at {logits['same_argmax']:.2%} of positions"
     )
-    published = result["published"]
-    for model, name in swap.MODELS.items():
-        seconds, peak = result[model]["median_s"], result[model]["peak_bytes"]
-        faster = f" ({published['median_s'] / seconds:.2f}x faster)" if model != "published" else ""
-        out.print(f"  {name}: {seconds:.2f} s{faster}, {mib(peak)} MiB")
-    charts.swap_chart(result, swap.MODELS, args.output / "swap.png", caption(result))
+    for dtype in swap.DTYPES:
+        out.print(f"one training step in {dtype}, and its peak extra memory:")
+        published = result[dtype]["published"]
+        for model, name in swap.MODELS.items():
+            seconds, peak = result[dtype][model]["median_s"], result[dtype][model]["peak_bytes"]
+            faster = f" ({published['median_s'] / seconds:.2f}x faster)" if model != "published" else ""
+            out.print(f"  {name}: {seconds:.2f} s{faster}, {mib(peak)} MiB")
+    charts.swap_chart(
+        {dtype: result[dtype] for dtype in swap.DTYPES},
+        swap.MODELS,
+        args.output / "swap.png",
+        caption(result),
+    )
     return int(logits["relative_error"] > LOGITS_TOLERANCE)
 
 

@@ -5,6 +5,7 @@ Each function takes and returns plain JSON values, so that it can run in a fresh
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ MODELS = {  # what is compared, and what it is called
     "swapped": "the same with our attention",
     "ours": "our PerceiverAR",
 }
+DTYPES = ("float32", "bfloat16")  # of weights and all: theirs doesn't run under autocast
 SHAPE = {"positions": 32_768, "latents": 1024, "dim": 512, "depth": 2, "heads": 8}
 
 
@@ -66,18 +68,20 @@ def step(model: nn.Module, x: Tensor) -> None:
     """Forward with loss, and backward."""
     model.zero_grad(set_to_none=True)
     logits = model(x)
-    loss = F.cross_entropy(logits.flatten(0, 1), x[:, -logits.shape[1] :].flatten())
+    loss = F.cross_entropy(logits.float().flatten(0, 1), x[:, -logits.shape[1] :].flatten())
     loss.backward()  # type: ignore[no-untyped-call]
 
 
 def measure_step(argument: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of the first step, time of later ones. `argument`: shape, model, steps, threads."""
+    """Peak memory of the first step, time of later ones. `argument`: shape, model, dtype, steps, threads."""
     torch.set_num_threads(argument["threads"])
+    dtype = getattr(torch, argument["dtype"])
     tiny = {**argument["shape"], "positions": 128, "latents": 64}
-    step(build(tiny, argument["model"]), tokens(tiny))
-    model, x = build(argument["shape"], argument["model"]), tokens(argument["shape"])
+    step(build(tiny, argument["model"]).to(dtype), tokens(tiny))
+    model, x = build(argument["shape"], argument["model"]).to(dtype), tokens(argument["shape"])
     peak = peak_growth(lambda: step(model, x))
-    return {"peak_bytes": peak, "seconds": [clock(lambda: step(model, x)) for _ in range(argument["steps"])]}
+    seconds = [clock(lambda: step(model, x)) for _ in range(argument["steps"])]
+    return {"peak_bytes": peak, "seconds": seconds, "median_s": statistics.median(seconds)}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from test_native import usable_sets
 
 import perceiver_kernels as pk
+from perceiver_kernels.rotary import LAYOUTS, apply_rotary
 from perceiver_kernels.testing.budget import budget, math_reference, reference64, relative_error
 from perceiver_kernels.testing.cases import CASES, Case
 from perceiver_kernels.testing.inputs import make_inputs
@@ -111,6 +112,58 @@ def test_direct_calls_of_the_kernels_are_checked():
                     rows.clone(),
                     torch.empty(2, 5),
                 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", usable_sets())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotation_in_one_pass_is_the_rotation(layout, isa, dtype, monkeypatch):
+    """Against float64 and torch's operations: pairs beside and at the vector width, strided data, angles of
+    one example and of each."""
+    monkeypatch.setenv("PERCEIVER_KERNELS_ISA", isa)
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for pairs, others in ((1, 0), (3, 5), (8, 0), (16, 32), (17, 1), (40, 0)):
+        dim = 2 * pairs + others
+        whole = torch.randn(2, 3, 7, 2 * dim).to(dtype)
+        strided = (whole[..., :dim], whole[:, :, ::2, dim:], whole[:1, :, :, ::2].expand(2, -1, -1, -1))
+        for x in (view.transpose(1, 2) for view in strided):
+            for shape in ((x.shape[1], pairs), (2, x.shape[1], pairs)):
+                angles = torch.randn(shape, dtype=torch.float64)
+                leaf, exact = x.detach().requires_grad_(), x.double().clone().requires_grad_()
+                got = apply_rotary(leaf, angles.cos().to(wide), angles.sin().to(wide), layout=layout)
+                assert "rotate" in type(got.grad_fn).__name__
+                want = apply_rotary(exact, angles.cos(), angles.sin().requires_grad_(), layout=layout)
+                grad = torch.randn(got.shape).to(dtype)
+                got.backward(grad)
+                want.backward(grad.double())
+                for ours, theirs in ((got, want), (leaf.grad, exact.grad)):
+                    torch.testing.assert_close(
+                        ours.double(), theirs, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(wide).eps
+                    )
+
+
+def test_direct_calls_of_the_rotation_are_checked():
+    x, angles, out = torch.randn(2, 5, 3, 8), torch.randn(5, 4), torch.empty(2, 5, 3, 8)
+    call = torch.ops.perceiver_kernels.cpu_rotate
+    call(x, angles, angles, False, False, out)
+    for bad in (
+        (x[0], angles, angles, out),
+        (x, angles, angles, out[:, :4]),
+        (x, angles, angles, out.double()),
+        (x, angles, angles, out.transpose(1, 2).contiguous().transpose(1, 2)),
+        (x.mT.contiguous().mT, angles, angles, out),
+        (x, angles.double(), angles, out),
+        (x, angles, angles.T.contiguous().T, out),
+        (x, angles, angles[:, :3].contiguous(), out),
+        (x, angles[:4], angles[:4], out),
+        (x, angles.expand(3, 5, 4).contiguous(), angles.expand(3, 5, 4).contiguous(), out),
+        (x, torch.randn(5, 5), torch.randn(5, 5), out),
+        (x, angles[0], angles[0], out),
+        (x.int(), angles, angles, out.int()),
+    ):
+        with pytest.raises(RuntimeError, match="perceiver_kernels: "):
+            call(*bad[:3], False, False, bad[3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

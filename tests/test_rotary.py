@@ -100,6 +100,14 @@ def test_gradients(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_the_data_alone_to_second_order(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = torch.randn(2, 2, 3, 2, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: apply_rotary(x, cos, sin, layout=layout) ** 2, (x,))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_keeps_no_copy_of_the_data_for_the_backward(layout):
     saved = []
     x = torch.randn(2, 50, 4, 16, requires_grad=True)
@@ -126,6 +134,19 @@ def test_compiles_without_a_graph_break(layout):
         return apply_rotary(x, *rotary_cos_sin(torch.arange(5, device=x.device), 4), layout=layout)
 
     torch.testing.assert_close(torch.compile(rotate, fullgraph=True, backend="aot_eager")(x), rotate(x))
+
+
+def test_under_function_transforms():
+    torch.manual_seed(0)
+    x, tangent = torch.randn(2, 4, 1, 5, 3, 8)
+    cos, sin = rotary_cos_sin(torch.arange(5), 4)
+    mapped = torch.func.vmap(lambda x: apply_rotary(x, cos, sin))(x)
+    torch.testing.assert_close(mapped[2], apply_rotary(x[2], cos, sin))
+    _, turned = torch.func.jvp(lambda x: apply_rotary(x, cos, sin), (x[0],), (tangent[0],))
+    torch.testing.assert_close(turned, apply_rotary(tangent[0], cos, sin))
+    with torch.autograd.forward_ad.dual_level():
+        dual = apply_rotary(torch.autograd.forward_ad.make_dual(x[0], tangent[0]), cos, sin)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, turned)
 
 
 def test_positions():

@@ -9,8 +9,8 @@
 namespace pk::cpu::PK_ISA {
 
 // How numbers enter the product. Acc: accumulators; Operand: what one broadcast moves; kPack: elements per
-// operand; kTerms: of the exponential whose results become operands; kRows: of A that one step takes; kOnTiles:
-// whether that is a tile of the processor's own. Session: held by a thread while it multiplies.
+// operand; kTerms: of the exponential whose results become operands; kRows: of A that one step takes;
+// kOnTiles: whether that is a tile of the processor's own. Session: held by a thread while it multiplies.
 struct NoSession {
   ~NoSession() {}
 };

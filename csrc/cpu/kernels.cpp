@@ -5,6 +5,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "probe.h"
+#include "rotation.h"
 
 #define PK_STRINGIFY(x) #x
 #define PK_NAME(x) PK_STRINGIFY(x)
@@ -33,6 +34,7 @@ struct Table {
       forward_scratch,       run_forward,       combine<Acc, T>,
       packed_bytes<Mode>,    slab_bytes<Acc>,   backward_scratch_bytes<Mode, T>,
       pack_queries<Mode, T>, backward<Mode, T>, reduce<Acc, T>,
+      rotate<Acc, T>,
   };
 };
 

@@ -35,6 +35,19 @@ struct Slots {
   int count;
 };
 
+// The first 2 `pairs` channels of x (batch, length, heads, channels) turned, pair by pair, by the angles of
+// their rows, or back; the others copied.
+struct Rotation {
+  DType dtype;
+  int64_t length, heads, channels, pairs;
+  View x;
+  void* out;                    // contiguous
+  const void *cos, *sin;        // (length, pairs) of accumulators
+  int64_t angles_batch_stride;  // 0: the same for all
+  bool interleaved;             // pairs are channels 2 i and 2 i + 1, else i and i + pairs
+  bool inverse;
+};
+
 struct Kernels {
   const char* isa;
   int64_t panel;  // rows that combine and reduce finish per call
@@ -55,6 +68,9 @@ struct Kernels {
   void (*backward)(const Attention&, const AttentionGradient&, const RowBlock&, KeyRange, const char* packed,
                    char* scratch, char* slab);
   void (*reduce)(const Attention&, const AttentionGradient&, const RowBlock&, int64_t panel, Slots);
+
+  // Rows [begin, end) of batch * length.
+  void (*rotate)(const Rotation&, int64_t begin, int64_t end);
 };
 
 // Single steps, for tests and probes.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../cpu/kernels.h"
 #include "problem.h"
 
 namespace {
@@ -67,6 +68,37 @@ void cpu_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const T
   pk::cpu::attention_backward(p, gradient, torch_threads());
 }
 
+// A row's angles serve few numbers: below so many, a thread isn't worth waking.
+constexpr int64_t kNumbersPerThread = 1 << 15;
+
+void cpu_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse,
+                Tensor out) {
+  check(x.dim() == 4 && out.dim() == 4, "x must have four dimensions");
+  pk::cpu::Rotation r{};
+  r.dtype = dtype_of(x.scalar_type());
+  r.length = x.size(1), r.heads = x.size(2), r.channels = x.size(3);
+  for (int64_t i = 0; i < 4; ++i) check(out.size(i) == x.size(i), "out must have the shape of x");
+  check(out.scalar_type() == x.scalar_type() && out.is_contiguous(), "out must be like x, and contiguous");
+  check(r.channels <= 1 || x.stride(3) == 1, "channels must be contiguous");
+  const int64_t last = cos.dim() - 1;
+  check(last == 1 || (last == 2 && cos.size(0) == x.size(0)), "angles must be (L, R) or (B, L, R)");
+  r.pairs = cos.size(last);
+  check(cos.size(last - 1) == r.length && 2 * r.pairs <= r.channels, "angles don't fit x");
+  check(sin.dim() == cos.dim() && sin.numel() == cos.numel(), "cos and sin must have one shape");
+  for (const Tensor* angles : {&cos, &sin})
+    check(angles->scalar_type() == lse_dtype(x) && angles->is_contiguous(),
+          "angles have another dtype or are not contiguous");
+  check(x.is_cpu() && cos.is_cpu() && sin.is_cpu() && out.is_cpu(), "tensors must be on the CPU");
+  r.x = {x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)};
+  r.out = out.data_ptr(), r.cos = cos.data_ptr(), r.sin = sin.data_ptr();
+  r.angles_batch_stride = last == 2 ? r.length * r.pairs : 0;
+  r.interleaved = interleaved, r.inverse = inverse;
+  const auto rotate = pk::cpu::instruction_set().kernels(r.dtype)->rotate;
+  const int64_t row = std::max<int64_t>(1, r.heads * r.channels);
+  torch::stable::parallel_for(0, x.size(0) * r.length, std::max<int64_t>(1, kNumbersPerThread / row),
+                              [&](int64_t begin, int64_t end) { rotate(r, begin, end); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
@@ -75,9 +107,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_kernels, m) {
   m.def(
       "cpu_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, " PK_OPTIONS "Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> ()");
+  m.def("cpu_rotate(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(perceiver_kernels, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+  m.impl("cpu_rotate", TORCH_BOX(&cpu_rotate));
 }

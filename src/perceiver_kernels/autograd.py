@@ -34,6 +34,8 @@ _library.define(
     f"Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor[] dks, Tensor[] dvs)"
 )
 
+_library.define("rotate(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor")
+
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, backend: str
@@ -66,6 +68,12 @@ def attention_backward(
         dout, dlse, query, key, value, *residuals, *spec.options(), backend
     )
     return dq, dk, dv
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """:func:`perceiver_kernels.rotary.apply_rotary` in one pass, on a CPU, differentiable in ``x``."""
+    turned: Tensor = _operators.rotate(x, cos, sin, interleaved, False)
+    return turned
 
 
 def _unpack(options: tuple[Any, ...]) -> tuple[AttentionSpec, str]:
@@ -146,6 +154,27 @@ def _segments_backward_fake(
     return torch.empty_like(query), [torch.empty_like(t) for t in keys], [torch.empty_like(t) for t in values]
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    torch.ops.perceiver_kernels.cpu_rotate(x, cos.contiguous(), sin.contiguous(), interleaved, inverse, out)
+    return out
+
+
+def _rotate_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_angles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, *ctx.how = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_back(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    interleaved, inverse = ctx.how
+    return (_operators.rotate(dout, *ctx.saved_tensors, interleaved, not inverse), None, None, None, None)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keys and values as they come: one tensor each, or lists of segments."""
     query, key, value, *options = inputs
@@ -191,3 +220,9 @@ for _name, _implementation, _fake in (
         torch.library.register_autograd(_name, _differentiate, setup_context=_save, lib=_library)
     else:
         torch.library.register_autograd(_name, _refuse_double_backward, lib=_library)
+
+torch.library.impl(f"{_NAMESPACE}::rotate", "CPU", lib=_library)(_rotate)
+torch.library.register_fake(f"{_NAMESPACE}::rotate", _rotate_fake, lib=_library)
+torch.library.register_autograd(
+    f"{_NAMESPACE}::rotate", _rotate_back, setup_context=_save_angles, lib=_library
+)

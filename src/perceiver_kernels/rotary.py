@@ -17,6 +17,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from perceiver_kernels import _library
+from perceiver_kernels.autograd import rotate
 
 RotaryLayout = Literal["half", "interleaved"]
 LAYOUTS: tuple[str, ...] = get_args(RotaryLayout)
@@ -96,6 +100,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: RotaryLayout = 
         )
     if pairs == 0:
         return x
+    if _in_one_pass(x, cos, sin):
+        return rotate(x, cos, sin, interleaved=layout == "interleaved")
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     # split and unbind, not slices: one concatenation in the backward, not a zero-filled copy for each slice.
     if layout == "half":
@@ -107,3 +113,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: RotaryLayout = 
     if layout == "half":
         return torch.cat((a, b, rest), dim=-1)
     return torch.cat((torch.stack((a, b), dim=-1).flatten(-2), rest), dim=-1)
+
+
+def _in_one_pass(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the C++ kernel serves the call. A compiler fuses torch's operations itself."""
+    angles = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        _library.missing is None
+        and all(t.device.type == "cpu" for t in (x, cos, sin))
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        and cos.dtype == sin.dtype == angles
+        and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad.unpack_dual(x).tangent is None
+    )

@@ -126,5 +126,5 @@ def _in_one_pass(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad.unpack_dual(x).tangent is None
+        and forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
     )

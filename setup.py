@@ -8,8 +8,8 @@ PERCEIVER_KERNELS_CUDA=require and =skip do the same for the CUDA kernels alone.
 CUDACXX names nvcc, CUDA_HOME its toolkit; without them it is the one on PATH or in /usr/local/cuda.
 PERCEIVER_KERNELS_CUDA_ARCHS=80,90-real says what they are compiled for, in CMake's words (native: this
 machine's GPU). By default 80, 90, 100 and 120, and PTX that newer GPUs compile for themselves.
-PERCEIVER_KERNELS_EMULATED_SET=1 adds kernels that run the AVX-512 code paths, slowly, on any processor, for
-tests; CI=1 makes compiler warnings errors.
+PERCEIVER_KERNELS_EMULATED_SET=1 adds kernels that run the AVX-512 and AMX code paths, slowly, on any
+processor, for tests; CI=1 makes compiler warnings errors.
 """
 
 import os

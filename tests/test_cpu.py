@@ -1,5 +1,6 @@
 """What only the CPU kernels promise: every instruction set, bounded memory, 64-bit addresses, safe calls."""
 
+import os
 import subprocess
 import sys
 
@@ -112,6 +113,32 @@ def test_direct_calls_of_the_kernels_are_checked():
                     rows.clone(),
                     torch.empty(2, 5),
                 )
+
+
+@pytest.mark.skipif("amx" not in usable_sets(), reason="this processor has no AMX")
+def test_tiles_are_left_as_torch_set_them_up():
+    """torch's bfloat16 products use the same registers, in the same threads, and may count on their setup."""
+    program = """
+import os, torch, perceiver_kernels as pk
+torch.set_num_threads(4)
+torch.manual_seed(0)
+a, b = torch.randn(2, 700, 700).bfloat16()
+query, key = torch.randn(1, 4, 300, 64).bfloat16(), torch.randn(1, 4, 3000, 64).bfloat16()
+product, out = a @ b, pk.perceiver_attention(query, key, key, backend="cpu")
+def again():
+    for _ in range(20):
+        assert torch.equal(a @ b, product)
+        assert torch.equal(pk.perceiver_attention(query, key, key, backend="cpu"), out)
+again()
+torch.set_num_threads(1)
+child = os.fork()
+again()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = {**os.environ, "PERCEIVER_KERNELS_ISA": "amx"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -92,7 +92,10 @@ def test_tanh_keeps_relative_accuracy_near_zero(isa, function, dtype, bound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "columns", "depth"),
-    [(1, 1, 1), (6, 64, 64), (7, 65, 3), (11, 15, 33), (64, 130, 129), (5, 48, 256)],
+    [
+        *[(1, 1, 1), (6, 64, 64), (7, 65, 3), (11, 15, 33), (64, 130, 129), (5, 48, 256)],
+        *[(32, 64, 66), (33, 48, 64), (40, 32, 130), (17, 33, 32)],  # tiles of 16, whole and not
+    ],
 )
 def test_packing_and_tiles_multiply(isa, dtype, rows, columns, depth):
     torch.manual_seed(rows)
@@ -192,7 +195,8 @@ def test_one_head_is_split_over_keys():
 
 
 def test_probes_measure_something_plausible():
-    assert native.fma_peak("float32", 1) > 0.5
+    for dtype in ("float32", "bfloat16"):
+        assert native.fma_peak(dtype, 1) > 0.5
     assert native.read_bandwidth(1, 1 << 24) > 0.1
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         native.fma_peak("float32", 0)

@@ -203,7 +203,7 @@ void backward(const Attention& p, const AttentionGradient& gradient, const RowBl
   const PackedQueries<Mode> packed(packed_arena, p, block.rows);
   BackwardScratch<Mode, T> tmp(arena, p);
   const Scoring<Acc> scoring(p);
-  const typename Mode::Session session;
+  [[maybe_unused]] const typename Mode::Session session;
   const int64_t dim_steps = steps<Mode>(p.dim), value_steps = steps<Mode>(p.value_dim);
   const int64_t panels = panel_count<Acc>(block.rows);
   const int64_t last_visible = visible_to_row(p, block, block.rows - 1);

@@ -63,7 +63,7 @@ void forward(const Attention& p, const RowBlock& block, KeyRange range, char* sc
   Arena arena(scratch);
   ForwardScratch<Mode, T> tmp(arena, p, block.rows);
   const Scoring<Acc> scoring(p);
-  const typename Mode::Session session;
+  [[maybe_unused]] const typename Mode::Session session;
   const int64_t dim_steps = steps<Mode>(p.dim), panels = panel_count<Acc>(block.rows);
 
   for (int64_t i = 0; i < panels; ++i) {

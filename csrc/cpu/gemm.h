@@ -1,19 +1,20 @@
 // The register-tiled product that all passes are made of: C (rows x columns) from A (rows x depth) and B
 // (depth x columns). Elements of A are broadcast, rows of B are vectors; a step of the depth is one operand
-// wide: a float, a double, or two bfloat16 side by side.
+// wide: a float, a double, or two bfloat16 side by side. On tiles a step is 16 of these.
 #pragma once
 
 #include "math.h"
+#include "simd.h"
+#ifdef PK_AMX
 #include "tiles.h"
+#endif
 
 namespace pk::cpu::PK_ISA {
 
 // How numbers enter the product. Acc: accumulators; Operand: what one broadcast moves; kPack: elements per
 // operand; kTerms: of the exponential whose results become operands; kRows: of A that one step takes;
 // kOnTiles: whether that is a tile of the processor's own. Session: held by a thread while it multiplies.
-struct NoSession {
-  ~NoSession() {}
-};
+struct NoSession {};
 template <class T>
 struct Plain {
   using Acc = T;
@@ -41,12 +42,13 @@ struct BFloat16Pairs {
   }
 };
 
-#if defined(PK_AMX)
-// The same pairs; the tiles want those of a row of A next to each other.
+#ifdef PK_AMX
+// The same pairs; those of a row of A lie next to each other (a_step 1), rows equally far apart (a_tile =
+// a_row).
 struct BFloat16Tiles : BFloat16Pairs {
   using Session = TileSession;
   static constexpr bool kOnTiles = true;
-  static constexpr int kRows = kTileSide;
+  static constexpr int kRows = 2 * kTileSide;
 };
 using BFloat16Mode = BFloat16Tiles;
 #elif defined(__AVX512BF16__) || defined(PK_EMULATE_AVX512_BF16)
@@ -109,62 +111,55 @@ inline void multiply_tile(const Product<Mode>& p, int64_t row) {
     });
 }
 
-#if defined(PK_AMX)
+#ifdef PK_AMX
 // kRowTiles x kColumnTiles tiles of C, of whose rows `rows` exist.
 template <Update kUpdate, int kRowTiles, int kColumnTiles>
 inline void multiply_tiles(const Product<BFloat16Tiles>& p, int64_t row, int64_t rows, int64_t column) {
-  constexpr int64_t kOperand = sizeof(uint32_t);
+  constexpr int64_t kHeight = kRowTiles * kTileSide, kWidth = kColumnTiles * kTileSide;
   const uint32_t *a = p.a + row * p.a_row, *b = p.b + column;
-  unrolled<kRowTiles * kColumnTiles>([](auto c) { tile_zero<c>(); });
-  const auto products = [] {
-    unrolled<kRowTiles * kColumnTiles>(
-        [](auto c) { tile_multiply_add<c, 4 + c / kColumnTiles, 6 + c % kColumnTiles>(); });
-  };
-  int64_t k = 0;
-  if (rows == kRowTiles * kTileSide)
-    for (; k + kTileSide <= p.depth; k += kTileSide) {
-      unrolled<kColumnTiles>(
-          [&](auto c) { tile_load<6 + c>(b + k * p.b_step + c * kTileSide, p.b_step * kOperand); });
-      unrolled<kRowTiles>(
-          [&](auto r) { tile_load<4 + r>(a + r * kTileSide * p.a_row + k, p.a_row * kOperand); });
-      products();
-    }
-  for (; k < p.depth; k += kTileSide) {
+  unrolled<kRowTiles * kColumnTiles>([](auto tile) { tile_zero<tile>(); });
+  for (int64_t k = 0; k < p.depth; k += kTileSide, a += kTileSide, b += kTileSide * p.b_step) {
     const int64_t rest = p.depth - k;
-    unrolled<kColumnTiles>(
-        [&](auto c) { tile_load_edge<6 + c>(b + k * p.b_step + c * kTileSide, p.b_step, rest, kTileSide); });
-    unrolled<kRowTiles>([&](auto r) {
-      tile_load_edge<4 + r>(a + r * kTileSide * p.a_row + k, p.a_row, rows - r * kTileSide, rest);
+    unrolled<kColumnTiles>([&](auto tile) {
+      if (rest >= kTileSide)
+        tile_load<6 + tile>(b + tile * kTileSide, p.b_step);
+      else
+        tile_load_edge<6 + tile>(b + tile * kTileSide, p.b_step, rest, kTileSide);
     });
-    products();
+    unrolled<kRowTiles>([&](auto tile) {
+      const uint32_t* from = a + tile * kTileSide * p.a_row;
+      if (rest >= kTileSide && rows == kHeight)
+        tile_load<4 + tile>(from, p.a_row);
+      else
+        tile_load_edge<4 + tile>(from, p.a_row, rows - tile * kTileSide, rest);
+    });
+    unrolled<kRowTiles * kColumnTiles>(
+        [](auto tile) { tile_multiply_add<tile, 4 + tile / kColumnTiles, 6 + tile % kColumnTiles>(); });
   }
 
   float* c = p.c + row * p.c_row + column;
-  constexpr bool kDirect = kUpdate == Update::kStore || kUpdate == Update::kStoreMax;
-  constexpr int64_t kWidth = kColumnTiles * kTileSide;
-  alignas(64) float local[kRowTiles * kTileSide * kWidth];
-  const bool direct = kDirect && rows == kRowTiles * kTileSide;
+  alignas(64) float local[kHeight * kWidth];
+  const bool direct = (kUpdate == Update::kStore || kUpdate == Update::kStoreMax) && rows == kHeight;
   float* to = direct ? c : local;
   const int64_t to_row = direct ? p.c_row : kWidth;
-  unrolled<kRowTiles * kColumnTiles>([&](auto c) {
-    constexpr int kRow = c / kColumnTiles * kTileSide, kColumn = c % kColumnTiles * kTileSide;
-    tile_store<c>(to + kRow * to_row + kColumn, to_row * static_cast<int64_t>(sizeof(float)));
+  unrolled<kRowTiles * kColumnTiles>([&](auto tile) {
+    constexpr int kRow = tile / kColumnTiles * kTileSide, kColumn = tile % kColumnTiles * kTileSide;
+    tile_store<tile>(to + kRow * to_row + kColumn, to_row);
   });
   if (direct && kUpdate == Update::kStore) return;
-  unrolled<kColumnTiles>([&](auto v) {
+  for (int64_t v = 0; v < kWidth; v += kTileSide) {
     Vec<float> scale = {}, highest = {};
-    if constexpr (kUpdate == Update::kRescale) scale = load(p.column_scale + column + v * kTileSide);
-    if constexpr (kUpdate == Update::kStoreMax) highest = load(p.column_max + column + v * kTileSide);
+    if constexpr (kUpdate == Update::kRescale) scale = load(p.column_scale + column + v);
+    if constexpr (kUpdate == Update::kStoreMax) highest = load(p.column_max + column + v);
     for (int64_t r = 0; r < rows; ++r) {
-      Vec<float> sum = load(to + r * to_row + v * kTileSide);
-      float* at = c + r * p.c_row + v * kTileSide;
-      if constexpr (kUpdate == Update::kAdd) sum += load(at);
-      if constexpr (kUpdate == Update::kRescale) sum += load(at) * scale;
+      Vec<float> sum = load(to + r * to_row + v);
+      if constexpr (kUpdate == Update::kAdd) sum += load(c + r * p.c_row + v);
+      if constexpr (kUpdate == Update::kRescale) sum += load(c + r * p.c_row + v) * scale;
       if constexpr (kUpdate == Update::kStoreMax) highest = maximum(sum, highest);
-      if (!direct) store(at, sum);
+      if (!direct) store(c + r * p.c_row + v, sum);
     }
-    if constexpr (kUpdate == Update::kStoreMax) store(p.column_max + column + v * kTileSide, highest);
-  });
+    if constexpr (kUpdate == Update::kStoreMax) store(p.column_max + column + v, highest);
+  }
 }
 
 template <Update kUpdate>

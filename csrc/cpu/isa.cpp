@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(PK_HAS_AMX_SET)
+#ifdef PK_HAS_AMX_SET
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -50,17 +50,17 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 PK_DECLARE(amx)
 
 namespace {
-// The kernel saves a process's tiles only once it was asked to.
-bool may_use_tiles() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-}
+// Linux saves a process's tiles only once it was asked to; from then on it refuses signal stacks that are too
+// small for them. Asked once: CPUID costs microseconds in a virtual machine.
 bool has_amx() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
-  unsigned a, b, c, d = 0;
-  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTiles) &&
-         may_use_tiles();
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool usable = [] {
+    unsigned a, b, c, d = 0;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTiles) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return usable;
 }
 }  // namespace
 #endif

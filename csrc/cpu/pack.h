@@ -62,7 +62,7 @@ inline void pack_row_steps(const T* const* rows, int64_t count, int64_t first, i
 // processor's own tiles: to[channel][row step], stored in whole squares.
 template <class Mode>
 inline int64_t channel_steps(int64_t rows) {
-  return Mode::kOnTiles ? round_up(steps<Mode>(rows), kLanes<float>) : steps<Mode>(rows);
+  return Mode::kOnTiles ? round_up(steps<Mode>(rows), kLanes<typename Mode::Operand>) : steps<Mode>(rows);
 }
 template <class Mode>
 inline int64_t channel_tiles_size(int64_t rows, int64_t channels) {

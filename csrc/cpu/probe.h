@@ -28,7 +28,7 @@ void matmul_as(const T* a, const T* b, float* c, int64_t rows, int64_t columns, 
   Operand* packed_b = new Operand[depth_steps * kPanel<float> + kPackSlack];
   const T** pointers = new const T*[rows > depth ? rows : depth];
   float tile[Mode::kRows * kPanel<float>];
-  const typename Mode::Session session;
+  [[maybe_unused]] const typename Mode::Session session;
   for (int64_t r = 0; r < rows; ++r) pointers[r] = a + r * depth;
   pack_channel_steps<Mode, T>(pointers, rows, depth, packed_a);
   for (int64_t k = 0; k < depth; ++k) pointers[k] = b + k * columns;
@@ -75,15 +75,6 @@ inline void opaque(V& v) {
 
 template <class Mode>
 inline double fma_loop_as(int64_t iterations) {
-#if defined(PK_AMX)
-  if constexpr (Mode::kOnTiles) {
-    const typename Mode::Session session;
-    unrolled<8>([](auto tile) { tile_zero<tile>(); });
-    for (int64_t i = 0; i < iterations; ++i)
-      unrolled<4>([](auto c) { tile_multiply_add<c, 4 + c / 2, 6 + c % 2>(); });
-    return 2.0 * 4 * kTileSide * kTileSide * kTileSide * Mode::kPack * static_cast<double>(iterations);
-  }
-#endif
   using Acc = typename Mode::Acc;
   using Operand = typename Mode::Operand;
   constexpr int kChains = kTileRows * kPanelVectors;
@@ -98,6 +89,16 @@ inline double fma_loop_as(int64_t iterations) {
     }
   return 2.0 * kLanes<Acc> * Mode::kPack * kChains * static_cast<double>(iterations);
 }
+
+#ifdef PK_AMX
+template <>
+inline double fma_loop_as<BFloat16Tiles>(int64_t iterations) {
+  const TileSession session;
+  for (int64_t i = 0; i < iterations; ++i)
+    unrolled<4>([](auto tile) { tile_multiply_add<tile, 4 + tile / 2, 6 + tile % 2>(); });
+  return 2.0 * 4 * kTileSide * kTileSide * kTileSide * BFloat16Tiles::kPack * static_cast<double>(iterations);
+}
+#endif
 
 double fma_loop(DType dtype, int64_t iterations) {
   switch (dtype) {

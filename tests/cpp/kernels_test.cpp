@@ -351,6 +351,60 @@ int check(const char* isa, const Case& c, const Limit& limit, int* checks, doubl
   return failures;
 }
 
+// Rows of a rotation there and back, in buffers that end where the numbers do.
+int check_rotation(const pk::cpu::InstructionSet& set, const Limit& limit, int* checks) {
+  const DType angle_dtype = limit.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  const int angle_bytes = limit.dtype == DType::kFloat64 ? 8 : 4;
+  int failures = 0;
+  for (int64_t pairs : {1, 5, 16, 19, 32})
+    for (int64_t others : {0, 3})
+      for (int way = 0; way < 4; ++way, ++*checks) {
+        constexpr int64_t kBatch = 2, kLength = 3, kHeads = 2, kRows = kBatch * kLength;
+        const int64_t channels = 2 * pairs + others, numbers = kRows * kHeads * channels;
+        std::vector<char> x(numbers * limit.bytes), out(numbers * limit.bytes, '\xff');
+        std::vector<char> cos(kRows * pairs * angle_bytes), sin(cos.size());
+        pk::cpu::Rotation r{};
+        r.dtype = limit.dtype;
+        r.length = kLength, r.heads = kHeads, r.channels = channels, r.pairs = pairs;
+        r.x = {x.data(), kLength * kHeads * channels, channels, kHeads * channels};
+        r.out = out.data(), r.cos = cos.data(), r.sin = sin.data();
+        r.angles_batch_stride = kLength * pairs;
+        r.interleaved = way & 1, r.inverse = way & 2;
+        std::mt19937 draw(static_cast<unsigned>(way));
+        const auto number = [&] { return static_cast<int>(draw() % 255) / 64.0 - 2; };
+        for (int64_t i = 0; i < numbers; ++i) write(x.data() + i * limit.bytes, limit.dtype, number());
+        for (int64_t i = 0; i < kRows * pairs; ++i) {
+          write(cos.data() + i * angle_bytes, angle_dtype, number());
+          write(sin.data() + i * angle_bytes, angle_dtype, number());
+        }
+        set.kernels(limit.dtype)->rotate(r, 0, kRows);
+
+        double difference = 0, norm = 0;
+        for (int64_t i = 0; i < numbers; ++i) {
+          const int64_t channel = i % channels, row = i / channels / kHeads;
+          const int64_t pair = r.interleaved ? channel / 2 : channel % pairs;
+          const bool turned = channel < 2 * pairs, second = r.interleaved ? channel % 2 : channel >= pairs;
+          const int64_t other = i + (second ? -1 : 1) * (r.interleaved ? 1 : pairs);
+          double want = read(x.data() + i * limit.bytes, limit.dtype);
+          if (turned) {
+            const int64_t angle = (row * pairs + pair) * angle_bytes;
+            const double sign = second == r.inverse ? -1 : 1;
+            want = want * read(cos.data() + angle, angle_dtype) +
+                   sign * read(x.data() + other * limit.bytes, limit.dtype) *
+                       read(sin.data() + angle, angle_dtype);
+          }
+          const double got = read(out.data() + i * limit.bytes, limit.dtype);
+          difference += (got - want) * (got - want);
+          norm += want * want;
+        }
+        if (std::sqrt(difference / norm) <= limit.error) continue;
+        std::printf("%s %s rotation: %d pairs, %d others, way %d: off by %.2e\n", set.name, limit.name,
+                    static_cast<int>(pairs), static_cast<int>(others), way, std::sqrt(difference / norm));
+        ++failures;
+      }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -363,8 +417,10 @@ int main() {
     ++sets;
     int checks = 0;
     double worst = 0;
-    for (const Limit& limit : kLimits)
+    for (const Limit& limit : kLimits) {
       for (const Case& c : kCases) failures += check(set->name, c, limit, &checks, &worst);
+      failures += check_rotation(*set, limit, &checks);
+    }
     std::printf("%s: %d checks, errors up to %.2f of what is allowed\n", set->name, checks, worst);
   }
   if (sets == 0) std::printf("no instruction set named \"%s\" can run here\n", wanted.c_str());

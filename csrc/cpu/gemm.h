@@ -164,9 +164,10 @@ inline void multiply_tiles(const Product<BFloat16Tiles>& p, int64_t row, int64_t
 
 template <Update kUpdate>
 inline void multiply(const Product<BFloat16Tiles>& p, int64_t rows, int64_t columns) {
-  for (int64_t row = 0; row < rows; row += 2 * kTileSide)
-    for (int64_t column = 0; column < columns; column += 2 * kTileSide) {
-      const int64_t count = rows - row < 2 * kTileSide ? rows - row : 2 * kTileSide;
+  constexpr int64_t kStep = BFloat16Tiles::kRows;  // two tiles each way
+  for (int64_t row = 0; row < rows; row += kStep)
+    for (int64_t column = 0; column < columns; column += kStep) {
+      const int64_t count = rows - row < kStep ? rows - row : kStep;
       const bool tall = count > kTileSide, wide = columns - column > kTileSide;
       const auto run = tall   ? wide ? multiply_tiles<kUpdate, 2, 2> : multiply_tiles<kUpdate, 2, 1>
                        : wide ? multiply_tiles<kUpdate, 1, 2>

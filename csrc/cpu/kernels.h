@@ -38,7 +38,6 @@ struct Slots {
 // The first 2 `pairs` channels of x (batch, length, heads, channels) turned, pair by pair, by the angles of
 // their rows, or back; the others copied.
 struct Rotation {
-  DType dtype;
   int64_t length, heads, channels, pairs;
   View x;
   void* out;                    // contiguous
@@ -94,6 +93,7 @@ struct InstructionSet {
   bool (*supported)();
   const Kernels* (*kernels)(DType);
   const Internals* internals;
+  bool (*pays)() = [] { return true; };  // whether it may be chosen where no other is named
 };
 
 // The compiled instruction sets, best last; a null name ends the list.

@@ -68,14 +68,13 @@ void cpu_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const T
   pk::cpu::attention_backward(p, gradient, torch_threads());
 }
 
-// A row's angles serve few numbers: below so many, a thread isn't worth waking.
+// Below so many, another thread isn't worth waking.
 constexpr int64_t kNumbersPerThread = 1 << 15;
 
 void cpu_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse,
                 Tensor out) {
   check(x.dim() == 4 && out.dim() == 4, "x must have four dimensions");
   pk::cpu::Rotation r{};
-  r.dtype = dtype_of(x.scalar_type());
   r.length = x.size(1), r.heads = x.size(2), r.channels = x.size(3);
   for (int64_t i = 0; i < 4; ++i) check(out.size(i) == x.size(i), "out must have the shape of x");
   check(out.scalar_type() == x.scalar_type() && out.is_contiguous(), "out must be like x, and contiguous");
@@ -93,7 +92,7 @@ void cpu_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inte
   r.out = out.data_ptr(), r.cos = cos.data_ptr(), r.sin = sin.data_ptr();
   r.angles_batch_stride = last == 2 ? r.length * r.pairs : 0;
   r.interleaved = interleaved, r.inverse = inverse;
-  const auto rotate = pk::cpu::instruction_set().kernels(r.dtype)->rotate;
+  const auto rotate = pk::cpu::instruction_set().kernels(dtype_of(x.scalar_type()))->rotate;
   const int64_t row = std::max<int64_t>(1, r.heads * r.channels);
   torch::stable::parallel_for(0, x.size(0) * r.length, std::max<int64_t>(1, kNumbersPerThread / row),
                               [&](int64_t begin, int64_t end) { rotate(r, begin, end); });

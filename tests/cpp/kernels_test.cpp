@@ -364,7 +364,6 @@ int check_rotation(const pk::cpu::InstructionSet& set, const Limit& limit, int* 
         std::vector<char> x(numbers * limit.bytes), out(numbers * limit.bytes, '\xff');
         std::vector<char> cos(kRows * pairs * angle_bytes), sin(cos.size());
         pk::cpu::Rotation r{};
-        r.dtype = limit.dtype;
         r.length = kLength, r.heads = kHeads, r.channels = channels, r.pairs = pairs;
         r.x = {x.data(), kLength * kHeads * channels, channels, kHeads * channels};
         r.out = out.data(), r.cos = cos.data(), r.sin = sin.data();

@@ -62,11 +62,11 @@ class _Warp:
     products: deque[float] = field(default_factory=lambda: deque(maxlen=GROUPS_KEPT))
 
 
-def _action(instruction: Instruction) -> str:
+def _action(instruction: Instruction, barrier: re.Match[str] | None) -> str:
     base, opcode = instruction.base, instruction.opcode
     if base == "WARPGROUP" and "DEPBAR" in opcode:
         return "wait products"
-    if base == "BAR" and _BARRIER.match(instruction.operands):
+    if barrier:
         return "arrive" if "ARV" in opcode else "barrier"
     if base in GROUP_TENSOR:
         return "product" if "gsb" in instruction.operands else ""  # only the last of a group signals
@@ -75,7 +75,8 @@ def _action(instruction: Instruction) -> str:
 
 def _step(instruction: Instruction, machine: Machine) -> _Step:
     used = pipes(instruction, machine)
-    action = _action(instruction)
+    named = _BARRIER.match(instruction.operands) if instruction.base == "BAR" else None
+    action = _action(instruction, named)
     queues = ["memory", "special"]
     if instruction.base in GROUP_TENSOR:
         queues.append("tensor")
@@ -89,7 +90,6 @@ def _step(instruction: Instruction, machine: Machine) -> _Step:
     elif "memory" in used:
         latency = machine.latency_shuffle if instruction.base == "SHFL" else machine.latency_shared
     keep = re.search(r", (0x[0-9a-f]+)\s*$", instruction.operands) if action.startswith("wait") else None
-    named = _BARRIER.match(instruction.operands) if instruction.base == "BAR" else None
     return _Step(
         held=tuple((pipe, cost) for pipe, cost in used.items() if pipe not in ("issue", "l2", *queues)),
         queued=tuple((pipe, cost) for pipe, cost in used.items() if pipe in queues),

@@ -123,6 +123,7 @@ def test_reads_strided_views():
     cos, sin = rotary_cos_sin(torch.arange(5), 4)
     view = x.transpose(1, 2)
     assert torch.equal(apply_rotary(view, cos, sin), apply_rotary(view.contiguous(), cos, sin))
+    assert apply_rotary(x[:0].mT.contiguous().mT.transpose(1, 2), cos, sin).shape == (0, 5, 3, 8)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from perceiver_kernels import autograd, dispatch
 from perceiver_kernels.checks import check_bool
-from perceiver_kernels.spec import AttentionSpec, is_segmented, make_spec, needs_gradient, segments
+from perceiver_kernels.spec import (
+    AttentionSpec,
+    has_tangent,
+    is_segmented,
+    make_spec,
+    needs_gradient,
+    segments,
+)
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -139,7 +145,7 @@ def _run(
     check_bool("return_lse", return_lse)
     keys, values = segments(key), segments(value)
     tensors = (query, *keys, *values)
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors):
+    if has_tangent(tensors):
         raise NotImplementedError("perceiver_attention: forward-mode differentiation is not supported")
     lengths = [t.shape[-2] for t in keys]
     longest = lengths.index(max(lengths))
@@ -155,10 +161,6 @@ def _run(
 
 def _channels_together(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def autocast(given: Any) -> Any:

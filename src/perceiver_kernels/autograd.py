@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import segments
+from perceiver_kernels.backends import cpu
 from perceiver_kernels.dispatch import BACKENDS
 from perceiver_kernels.spec import AttentionSpec, check_contents, empty_gradients, empty_outputs
 
@@ -154,13 +155,6 @@ def _segments_backward_fake(
     return torch.empty_like(query), [torch.empty_like(t) for t in keys], [torch.empty_like(t) for t in values]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    torch.ops.perceiver_kernels.cpu_rotate(x, cos.contiguous(), sin.contiguous(), interleaved, inverse, out)
-    return out
-
-
 def _rotate_fake(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -221,7 +215,7 @@ for _name, _implementation, _fake in (
     else:
         torch.library.register_autograd(_name, _refuse_double_backward, lib=_library)
 
-torch.library.impl(f"{_NAMESPACE}::rotate", "CPU", lib=_library)(_rotate)
+torch.library.impl(f"{_NAMESPACE}::rotate", "CPU", lib=_library)(cpu.rotate)
 torch.library.register_fake(f"{_NAMESPACE}::rotate", _rotate_fake, lib=_library)
 torch.library.register_autograd(
     f"{_NAMESPACE}::rotate", _rotate_back, setup_context=_save_angles, lib=_library

@@ -17,10 +17,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from perceiver_kernels import _library
 from perceiver_kernels.autograd import rotate
+from perceiver_kernels.backends import cpu
+from perceiver_kernels.spec import DTYPES, accumulator_dtype, has_tangent, needs_gradient
 
 RotaryLayout = Literal["half", "interleaved"]
 LAYOUTS: tuple[str, ...] = get_args(RotaryLayout)
@@ -117,14 +117,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: RotaryLayout = 
 
 def _in_one_pass(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the C++ kernel serves the call. A compiler fuses torch's operations itself."""
-    angles = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
-        _library.missing is None
-        and all(t.device.type == "cpu" for t in (x, cos, sin))
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        and cos.dtype == sin.dtype == angles
-        and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+        cpu.unavailable(x.device) is None
+        and cos.device == sin.device == x.device
+        and x.dtype in DTYPES
+        and cos.dtype == sin.dtype == accumulator_dtype(x)
+        and not needs_gradient((cos, sin))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad.unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+        and not has_tangent((x, cos, sin))
     )

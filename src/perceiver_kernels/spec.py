@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from perceiver_kernels.checks import check_bool, check_device, check_int, check_tensor
 
@@ -206,6 +207,14 @@ def segments(tensors: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 def needs_gradient(tensors: Iterable[Tensor]) -> bool:
     """Whether a call that depends on these tensors will be differentiated."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def has_tangent(tensors: Iterable[Tensor]) -> bool:
+    """Whether forward-mode differentiation goes through one of these tensors."""
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

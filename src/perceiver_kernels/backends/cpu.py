@@ -60,6 +60,14 @@ def backward(
     return gradients
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """:func:`perceiver_kernels.rotary.apply_rotary` in one pass, or back; angles in accumulators' dtype."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    angles = cos.contiguous(), sin.contiguous()
+    torch.ops.perceiver_kernels.cpu_rotate(_channels_contiguous(x), *angles, interleaved, inverse, out)
+    return out
+
+
 def _channels_contiguous(tensor: Tensor) -> Tensor:
     if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
